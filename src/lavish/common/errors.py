@@ -1,0 +1,66 @@
+"""The errors that lavish raises on purpose: one tree, each also the builtin that it refines.
+
+    LavishError
+    ├── CheckpointError (ValueError)        a checkpoint that cannot be read as asked
+    │   ├── MissingKeys                     tensors that the config needs are absent
+    │   ├── UnexpectedKeys                  tensors that the config has no place for
+    │   ├── ShapeMismatch                   a tensor of another shape than the config says
+    │   ├── UnknownLayout                   a folder or file of no layout or architecture that lavish knows
+    │   └── UnsafeCheckpoint                reading it would run code or leave the folder
+    ├── ConfigError (ValueError)            a config, recipe, option or registry name that is wrong
+    ├── PromptError (ValueError)            messages that cannot be made into a prompt, or a prompt that does not fit
+    ├── MediaError (ValueError)             an image or video that cannot or must not be opened
+    ├── DataError (ValueError)              a dataset file or sample that is wrong
+    └── MissingDependency (ImportError)     an optional package that the call needs is not installed
+
+The command line prints the message alone and exits with 2; the server maps the class to a status. A message says what was asked, what was
+found, where, and what to do next.
+"""
+
+
+class LavishError(Exception):
+    """Base of every error that lavish raises on purpose."""
+
+
+class CheckpointError(LavishError, ValueError):
+    """A checkpoint that cannot be read as asked."""
+
+
+class MissingKeys(CheckpointError):
+    """Tensors that the config needs are absent from the checkpoint."""
+
+
+class UnexpectedKeys(CheckpointError):
+    """The checkpoint holds tensors that the config has no place for."""
+
+
+class ShapeMismatch(CheckpointError):
+    """A tensor has another shape than the config says."""
+
+
+class UnknownLayout(CheckpointError):
+    """A folder, file or architecture that lavish does not know."""
+
+
+class UnsafeCheckpoint(CheckpointError):
+    """Reading the checkpoint would run code or leave its folder."""
+
+
+class ConfigError(LavishError, ValueError):
+    """A config, recipe, option or registry name that is wrong."""
+
+
+class PromptError(LavishError, ValueError):
+    """Messages that cannot be made into a prompt, or a prompt that does not fit."""
+
+
+class MediaError(LavishError, ValueError):
+    """An image or video that cannot, or must not, be opened."""
+
+
+class DataError(LavishError, ValueError):
+    """A dataset file or a sample that is wrong."""
+
+
+class MissingDependency(LavishError, ImportError):
+    """An optional package that the call needs is not installed."""
