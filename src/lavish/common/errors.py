@@ -13,9 +13,11 @@
     ├── DataError (ValueError)              a dataset file or sample that is wrong
     └── MissingDependency (ImportError)     an optional package that the call needs is not installed
 
-The command line prints the message alone and exits with 2; the server maps the class to a status. A message says what was asked, what was
-found, where, and what to do next.
+The command line prints the message alone and exits with 2; the server maps the class to a status. A message says what
+was asked, what was found, where, and what to do next; `did_you_mean` ends it with the nearest known name.
 """
+
+from collections.abc import Iterable
 
 
 class LavishError(Exception):
@@ -64,3 +66,18 @@ class DataError(LavishError, ValueError):
 
 class MissingDependency(LavishError, ImportError):
     """An optional package that the call needs is not installed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Give ` Did you mean 'x'?` for the known name nearest to `name`, to append to a message, or an empty string.
+
+    Case, `-` and `_` count as equal.
+    """
+    import difflib  # only a failing call pays for it
+
+    def fold(text: str) -> str:
+        return text.casefold().replace("-", "_")
+
+    by_folded = {fold(other): other for other in known}
+    nearest = difflib.get_close_matches(fold(name), list(by_folded), n=1, cutoff=0.6)
+    return f" Did you mean {by_folded[nearest[0]]!r}?" if nearest else ""
