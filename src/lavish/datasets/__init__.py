@@ -1,0 +1,1 @@
+"""Datasets: what lavish trains and measures on."""

@@ -1,0 +1,176 @@
+"""Scenes as training samples: one picture, its dense labels, and many conversations packed behind the one image.
+
+Encoding a picture costs more than reading a question, so every sample carries `num_conversations` of them. They stand in one row, one after
+the other, each a segment of its own: a token sees the image and its own segment only, and positions start anew after the image. A segment
+is a question with up to two past turns before it; its last answer is what is learnt.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lavish.datasets.scenes.questions import Question, ask
+from lavish.datasets.scenes.tokenizer import build_tokenizer
+from lavish.datasets.scenes.world import dense_labels, draw, sample_scene
+from lavish.models.cogvlm.processor import TEMPLATES
+
+IGNORED = -100
+FIRST_TEXT_POSITION = 4  # bos 0, boi 1, every patch 2, eoi 3 (facts of the CogVLM position rule)
+NO_PICTURE = {"en": "I need a picture to answer that.", "zh": "我需要一张图片。"}
+DENSE_LABELS = ("shape", "colour", "size", "digit", "digit_index", "number_length", "background", "box", "number_box")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One packed conversation: ids, next-token targets, and whether it sees the image."""
+
+    input_ids: list[int]
+    targets: list[int]
+    sees_image: bool
+
+
+class SceneDataset(Dataset):
+    """An endless stream of drawn scenes: sample `i` is a function of (seed, i) alone.
+
+    Args of the constructor: `num_samples` per epoch; `image_size` and `grid` (patches per side) of the network; `num_conversations` packed
+    behind each picture; `num_image_tokens` slots of the image, boi and eoi included; the ids of bos, eos and pad; the share of follow-up
+    turns and of questions asked without a picture; `scene`, keyword arguments of `sample_scene`; `with_text=False` leaves the text out.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_samples: int,
+        seed: int,
+        image_size: int,
+        grid: int,
+        num_image_tokens: int,
+        num_conversations: int,
+        bos_token_id: int,
+        eos_token_id: int,
+        pad_token_id: int,
+        follow_up_share: float = 0.12,
+        no_picture_share: float = 0.02,
+        scene: dict[str, Any] | None = None,
+        with_picture: bool = True,
+        with_text: bool = True,
+    ):
+        self.num_samples, self.seed = num_samples, seed
+        self.image_size, self.grid, self.num_image_tokens = image_size, grid, num_image_tokens
+        self.num_conversations = num_conversations
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.follow_up_share, self.no_picture_share = follow_up_share, no_picture_share
+        self.scene = scene or {}
+        self.with_picture, self.with_text = with_picture, with_text
+        self.tokenizer = build_tokenizer()
+        self._encode = lru_cache(maxsize=20_000)(self._encode_uncached)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, index])
+        scene = sample_scene(rng, **self.scene)
+        sample: dict[str, Any] = {"dense_labels": dense_labels(scene, self.grid)}
+        if self.with_picture:
+            sample["image"] = np.asarray(draw(scene, self.image_size))
+        if self.with_text:
+            sample["segments"] = self._segments(ask(scene, rng, self.num_conversations), rng)
+        return sample
+
+    def _segments(self, questions: list[Question], rng: np.random.Generator) -> list[Segment]:
+        segments, turns = [], []
+        for question in questions:
+            if turns and (turns[0].template != question.template or question.template == "base" or len(turns) == 3):
+                segments.append(self._segment(turns, rng))
+                turns = []
+            turns.append(question)
+            if rng.random() >= self.follow_up_share:
+                segments.append(self._segment(turns, rng))
+                turns = []
+        if turns:
+            segments.append(self._segment(turns, rng))
+        return segments
+
+    def _segment(self, turns: list[Question], rng: np.random.Generator) -> Segment:
+        """Encode past turns and the question as one text, as the processor does, then the last answer on its own."""
+        sees_image = bool(rng.random() >= self.no_picture_share)
+        answers = [turn.answer if sees_image else NO_PICTURE[turn.language] for turn in turns]
+        template = TEMPLATES[turns[-1].template]
+        past = "".join(
+            f"{template.format(turn.question)} {answer}\n" for turn, answer in zip(turns[:-1], answers, strict=False)
+        )
+        prompt_ids = self._encode(past + template.format(turns[-1].question))
+        answer_ids = self._encode(answers[-1])
+        targets = [IGNORED] * (len(prompt_ids) - 1) + [*answer_ids, self.eos_token_id]
+        return Segment([*prompt_ids, *answer_ids], targets, sees_image)
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Stack samples into the tensors that the learner takes.
+
+        Shapes: pixel_values (batch, 3, size, size) float32; dense labels (batch, grid * grid[, 4]); the packed text (batch, seq).
+        """
+        batch: dict[str, Any] = {}
+        for name in DENSE_LABELS:
+            stacked = torch.from_numpy(np.stack([sample["dense_labels"][name] for sample in samples]))
+            batch[name] = stacked.flatten(1, 2).float() if stacked.ndim == 4 else stacked.flatten(1).long()
+        if self.with_picture:
+            batch["pictures"] = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
+        if self.with_text:
+            batch.update(self._pack([sample["segments"] for sample in samples]))
+        return batch
+
+    def _pack(self, rows: list[list[Segment]]) -> dict[str, torch.Tensor]:
+        prefix = 1 + self.num_image_tokens
+        length = prefix + max(sum(len(segment.input_ids) for segment in row) for row in rows)
+        shape = (len(rows), length)
+        input_ids = torch.full(shape, self.pad_token_id)
+        targets = torch.full(shape, IGNORED)
+        segment_ids = torch.full(shape, -1)
+        position_ids = torch.zeros(shape, dtype=torch.long)
+        sees_image = torch.ones(shape, dtype=torch.bool)
+        token_type_ids = torch.zeros(shape, dtype=torch.long)
+        input_ids[:, 0] = self.bos_token_id
+        segment_ids[:, :prefix] = 0
+        token_type_ids[:, 1:prefix] = 1
+        position_ids[:, 1:prefix] = 2
+        position_ids[:, 1], position_ids[:, prefix - 1] = 1, 3
+        for index, row in enumerate(rows):
+            start = prefix
+            for number, segment in enumerate(row, 1):
+                stop = start + len(segment.input_ids)
+                input_ids[index, start:stop] = torch.tensor(segment.input_ids)
+                targets[index, start:stop] = torch.tensor(segment.targets)
+                segment_ids[index, start:stop] = number
+                first = FIRST_TEXT_POSITION if segment.sees_image else 1
+                position_ids[index, start:stop] = torch.arange(first, first + stop - start)
+                sees_image[index, start:stop] = segment.sees_image
+                start = stop
+        return {
+            "input_ids": input_ids,
+            "targets": targets,
+            "segment_ids": segment_ids,
+            "position_ids": position_ids,
+            "sees_image": sees_image,
+            "token_type_ids": token_type_ids,
+        }
+
+
+def packed_attention_mask(segment_ids: torch.Tensor, sees_image: torch.Tensor) -> torch.Tensor:
+    """Give the (batch, 1, seq, seq) mask, True = attend: own segment and, if it sees the image, the prefix, causally.
+
+    A segment without a picture sees bos alone of the prefix. Padding sees padding, so that no row is empty.
+    """
+    seq = segment_ids.shape[1]
+    causal = torch.ones(seq, seq, dtype=torch.bool, device=segment_ids.device).tril()
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    prefix = (segment_ids == 0)[:, None, :] & sees_image[:, :, None]
+    prefix[:, :, 0] |= segment_ids >= 0
+    return ((same | prefix) & causal)[:, None]
