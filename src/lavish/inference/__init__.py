@@ -1,0 +1,1 @@
+"""Loading a model and talking with it: chat, stream and batch, sampling, quantisation."""

@@ -1,0 +1,158 @@
+"""What one request leaves for the next: image features by content, and the key/value cache of a conversation.
+
+Both are bounded and locked. A conversation's cache is taken out of the store while a request works on it, so that two
+requests never share one that grows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from lavish.inference.cache import SliceCache
+
+
+def pixel_digest(pixel_values: torch.Tensor) -> str:
+    """Give a hash of what the tower will see of one picture. Shapes: (3, height, width)."""
+    pixels = pixel_values.detach().cpu().contiguous()
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
+    digest.update(memoryview(pixels.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Image features by pixel digest, least recently used out first. `max_bytes=0` keeps none."""
+
+    def __init__(self, max_bytes: int = 512 * 2**20):
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def get(self, digest: str) -> torch.Tensor | None:
+        """Give the features of a picture, (tokens, hidden), or None."""
+        with self._lock:
+            if digest in self._features:
+                self._features.move_to_end(digest)
+            return self._features.get(digest)
+
+    def put(self, digest: str, features: torch.Tensor) -> None:
+        """Keep the features of a picture; older ones go until all fit."""
+        with self._lock:
+            if digest in self._features or features.nbytes > self.max_bytes:
+                return
+            self._features[digest] = features
+            self.num_bytes += features.nbytes
+            while self.num_bytes > self.max_bytes:
+                self.num_bytes -= self._features.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        """Forget all features, as after a change of the tower's weights."""
+        with self._lock:
+            self._features.clear()
+            self.num_bytes = 0
+
+
+@dataclass
+class Conversation:
+    """What a finished request computed: the ids and token types in its cache, the digests of its images, and the
+    cache itself.
+    """
+
+    token_ids: list[int]
+    token_type_ids: list[int]
+    digests: tuple[str, ...]
+    num_prompt_tokens: int
+    cache: SliceCache
+
+    def num_common_tokens(self, token_ids: list[int], token_type_ids: list[int], digests: tuple[str, ...]) -> int:
+        """Give how many tokens at the start are the same here and there.
+
+        An image is the same only as a whole and with the same pixels; a common part never ends inside one.
+        """
+        length = min(len(self.token_ids), len(token_ids))
+        if self.token_ids[:length] == token_ids[:length] and self.token_type_ids[:length] == token_type_ids[:length]:
+            common = length
+        else:
+            pairs = zip(self.token_ids, token_ids, self.token_type_ids, token_type_ids)
+            common = next(i for i, (a, b, s, t) in enumerate(pairs) if a != b or s != t)
+        runs = image_runs(token_type_ids)
+        for index, (start, end) in enumerate(runs):
+            same = self.digests[index : index + 1] == digests[index : index + 1]
+            if start < common and (end > common or not same):
+                return start
+        return common
+
+
+def image_runs(token_type_ids: list[int]) -> list[tuple[int, int]]:
+    """Give start and end of each run of image tokens (type 1)."""
+    runs, start = [], None
+    for index, kind in enumerate([*token_type_ids, 0]):
+        if kind == 1 and start is None:
+            start = index
+        elif kind == 0 and start is not None:
+            runs.append((start, index))
+            start = None
+    return runs
+
+
+class ConversationStore:
+    """The caches of the last conversations. `max_conversations=0` keeps none."""
+
+    def __init__(self, max_conversations: int = 2, max_bytes: int = 2 * 2**30):
+        self.max_conversations, self.max_bytes = max_conversations, max_bytes
+        self._kept: list[Conversation] = []  # the most recently used one last
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def take(
+        self, token_ids: list[int], token_type_ids: list[int], digests: tuple[str, ...]
+    ) -> tuple[Conversation | None, int]:
+        """Take out the conversation that shares the most tokens with a prompt, and say how many; (None, 0) if none is
+        worth it.
+
+        At least the last prompt token is left to compute: its logits choose the first new token. A conversation of
+        which less than half of the prompt is shared stays where it is, so that a new one does not destroy it.
+        """
+        with self._lock:
+            best, most = None, 0
+            for kept in reversed(self._kept):
+                common = min(kept.num_common_tokens(token_ids, token_type_ids, digests), _reusable(token_type_ids))
+                if common > most and 2 * common >= kept.num_prompt_tokens:
+                    best, most = kept, common
+            if best is not None:
+                self._kept = [kept for kept in self._kept if kept is not best]
+            return best, most
+
+    def put(self, conversation: Conversation) -> None:
+        """Keep a conversation as the most recently used; older ones go until all fit."""
+        with self._lock:
+            self._kept.append(conversation)
+            while self._kept and (
+                len(self._kept) > self.max_conversations or sum(k.cache.num_bytes for k in self._kept) > self.max_bytes
+            ):
+                self._kept.pop(0)
+
+    def clear(self) -> None:
+        """Forget all conversations, as after a change of the weights."""
+        with self._lock:
+            self._kept.clear()
+
+
+def _reusable(token_type_ids: list[int]) -> int:
+    """Give how many tokens of a prompt may come from a cache: all but the last, and no image in parts."""
+    last = len(token_type_ids) - 1
+    for start, end in image_runs(token_type_ids):
+        if start < last < end:
+            return start
+    return last

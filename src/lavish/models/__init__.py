@@ -1,0 +1,223 @@
+"""The table of model families and released models that lavish knows.
+
+Everything is a string until it is used: importing this file imports neither torch nor transformers. To add a family,
+add one `Family`; to add a released model, add one `ZooEntry` and its layout in `configs/models/<name>.yaml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from lavish.common.errors import ConfigError, UnknownLayout, did_you_mean
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: how its config.json names it, and where its classes are ("module:Class", imported on use)."""
+
+    name: str
+    model_type: str
+    """What config.json says in folders that lavish saved."""
+    architectures: tuple[str, ...]
+    """What config.json says in released folders, which may have no `model_type`."""
+    config: str
+    model: str
+    processor: str
+
+    def load_class(self, kind: str) -> Any:
+        """Give the class of a kind: "config", "model" or "processor"."""
+        module, _, name = {"config": self.config, "model": self.model, "processor": self.processor}[kind].partition(":")
+        return getattr(import_module(module), name)
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One released model: where it is, under which licence, how large, and what it is good at."""
+
+    name: str
+    family: str
+    hub_id: str | None
+    """None: bundled with lavish."""
+    licence: str
+    num_parameters: int
+    num_bytes: int
+    """Size of the weights as they are released."""
+    image_size: int
+    """Side of the square that every picture is resized to, in pixels."""
+    good_at: str
+    template: str
+    """The chat template that the release uses by default."""
+    tokenizer: str | None = None
+    """Hub id of the tokenizer, where the release keeps it apart from the weights."""
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        name="cogvlm",
+        model_type="cogvlm",
+        architectures=("CogVLMForCausalLM",),
+        config="lavish.models.cogvlm.config:CogVLMConfig",
+        model="lavish.models.cogvlm.model:CogVLMForCausalLM",
+        processor="lavish.models.cogvlm.processor:CogVLMProcessor",
+    ),
+)
+
+_COGVLM = "CogVLM model licence (research; commercial use after registration)"
+_COGVLM2 = "CogVLM2 licence and Meta Llama 3 community licence"
+_VICUNA = "lmsys/vicuna-7b-v1.5"
+_V1_490, _V1_224, _V2 = 17_639_685_376, 17_637_948_928, 19_503_105_280
+_V1_490_BYTES, _V1_224_BYTES, _V2_BYTES = 35_279_374_848, 35_275_901_952, 39_006_214_656
+
+ZOO: tuple[ZooEntry, ...] = (
+    ZooEntry(
+        "cogvlm-chat-v1.1",
+        "cogvlm",
+        "THUDM/cogvlm-chat-hf",
+        _COGVLM,
+        _V1_490,
+        _V1_490_BYTES,
+        490,
+        "conversations about one picture, in English; short answers with the vqa template",
+        "chat",
+        _VICUNA,
+    ),
+    ZooEntry(
+        "cogvlm-base-490",
+        "cogvlm",
+        "THUDM/cogvlm-base-490-hf",
+        _COGVLM,
+        _V1_490,
+        _V1_490_BYTES,
+        490,
+        "a start for fine-tuning; captions without a question",
+        "base",
+        _VICUNA,
+    ),
+    ZooEntry(
+        "cogvlm-base-224",
+        "cogvlm",
+        "THUDM/cogvlm-base-224-hf",
+        _COGVLM,
+        _V1_224,
+        _V1_224_BYTES,
+        224,
+        "a start for fine-tuning at a fifth of the image tokens",
+        "base",
+        _VICUNA,
+    ),
+    ZooEntry(
+        "cogvlm-grounding-base",
+        "cogvlm",
+        "THUDM/cogvlm-grounding-base-hf",
+        _COGVLM,
+        _V1_490,
+        _V1_490_BYTES,
+        490,
+        "a start for fine-tuning on boxes",
+        "base",
+        _VICUNA,
+    ),
+    ZooEntry(
+        "cogvlm-grounding-generalist-v1.1",
+        "cogvlm",
+        "THUDM/cogvlm-grounding-generalist-hf",
+        _COGVLM,
+        _V1_490,
+        _V1_490_BYTES,
+        490,
+        "boxes: phrase to box, box to phrase, captions with boxes (RefCOCO val 92.76 as published)",
+        "base",
+        _VICUNA,
+    ),
+    ZooEntry(
+        "cogvlm2-llama3-chat-19B",
+        "cogvlm",
+        "THUDM/cogvlm2-llama3-chat-19B",
+        _COGVLM2,
+        _V2,
+        _V2_BYTES,
+        1344,
+        "conversations and documents at 1344 px, 8192 tokens, in English (TextVQA 84.2, DocVQA 92.3 as published)",
+        "chat",
+    ),
+    ZooEntry(
+        "cogvlm2-llama3-chinese-chat-19B",
+        "cogvlm",
+        "THUDM/cogvlm2-llama3-chinese-chat-19B",
+        _COGVLM2,
+        _V2,
+        _V2_BYTES,
+        1344,
+        "the same in Chinese and English (OCRBench 780 as published)",
+        "chat",
+    ),
+)
+
+_BY_NAME = {entry.name: entry for entry in ZOO}
+_BY_HUB_ID = {entry.hub_id: entry for entry in ZOO if entry.hub_id is not None}
+
+
+def family(name: str) -> Family:
+    """Give a family by its name.
+
+    Raises:
+        ConfigError: no family has that name.
+    """
+    for row in FAMILIES:
+        if row.name == name:
+            return row
+    known = [row.name for row in FAMILIES]
+    raise ConfigError(f"No model family {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+
+
+def detect_family(config: Mapping[str, Any], where: str) -> Family:
+    """Give the family that a config.json belongs to, by `architectures` first: CogVLM's released files have no
+    `model_type`.
+
+    Raises:
+        UnknownLayout: neither `architectures` nor `model_type` names a family of the table.
+    """
+    architectures = config.get("architectures") or []
+    for row in FAMILIES:
+        if any(name in row.architectures for name in architectures):
+            return row
+    model_type = config.get("model_type")
+    if not architectures:
+        for row in FAMILIES:
+            if model_type == row.model_type:
+                return row
+    known = [name for row in FAMILIES for name in row.architectures]
+    found = f"architectures {list(architectures)!r}, model_type {model_type!r}"
+    suggestion = did_you_mean(str(architectures[0]), known) if architectures else ""
+    raise UnknownLayout(
+        f"{where}: config.json names {found}, and lavish knows the architectures {', '.join(known)}.{suggestion} "
+        "Other models load with transformers itself."
+    )
+
+
+class ModelZoo(Mapping[str, ZooEntry]):
+    """The released models by name, also found by hub id; printed, it is a table."""
+
+    def __getitem__(self, name: str) -> ZooEntry:
+        entry = _BY_NAME.get(name) or _BY_HUB_ID.get(name)
+        if entry is None:
+            raise KeyError(name)
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_BY_NAME)
+
+    def __len__(self) -> int:
+        return len(_BY_NAME)
+
+    def __str__(self) -> str:
+        rows = [(e.name, e.hub_id or "bundled", f"{e.num_bytes / 1e9:.1f} GB", e.licence, e.good_at) for e in ZOO]
+        head = ("name", "hub id", "size", "licence", "good at")
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head) - 1)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]) for row in [head, *rows])
+
+
+model_zoo = ModelZoo()
