@@ -1,7 +1,8 @@
 """The drawn world of the pocket model: coloured shapes and a number on a light background.
 
-A scene is sampled as data, then drawn at any size, then labelled patch by patch. Everything lies on a grid of 112 x 112 cells, the pixels of the
-pocket model's input, so that boxes have few distinct values. Needs numpy and Pillow; knows nothing of text (see `questions`) or tensors.
+A scene is sampled as data, then drawn at any size, then labelled patch by patch. Everything lies on a grid of 112 x 112
+cells, the pixels of the pocket model's input, so that boxes have few distinct values. Needs numpy and Pillow; knows nothing
+of text (see `questions`) or tensors.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Scene:
     background: Background
 
 
-# --- shapes and glyphs as masks ----------------------------------------------------------------------------------------------------------
+# --- shapes and glyphs as masks
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
@@ -108,14 +109,8 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         return [(0.5, 0), (1, 1), (0, 1)]
     if shape == "cross":
         low, high = 0.33, 0.67
-        return [(low, 0), (high, 0), (high, low), (1, low), (1, high), (high, high)] + [
-            (high, 1),
-            (low, 1),
-            (low, high),
-            (0, high),
-            (0, low),
-            (low, low),
-        ]
+        upper = [(low, low), (low, 0), (high, 0), (high, low), (1, low), (1, high)]
+        return [*upper, *((1 - x, 1 - y) for x, y in upper)]
     turn = 2 * math.pi
     if shape == "star":
         radii = (1.0, 0.42)
@@ -167,7 +162,7 @@ def _glyph_mask(digit: str, width: int, height: int) -> Image.Image:
     return _master_glyph(digit).resize((width, height), Image.Resampling.BOX)
 
 
-# --- sampling ----------------------------------------------------------------------------------------------------------------------------
+# --- sampling
 
 
 def _relative(cells: Cells) -> Box:
@@ -297,7 +292,7 @@ def sample_scene(rng: np.random.Generator, *, max_items: int = 4, number_probabi
     return Scene(tuple(items), number, background)
 
 
-# --- drawing -----------------------------------------------------------------------------------------------------------------------------
+# --- drawing
 
 
 @lru_cache(maxsize=1)
@@ -312,7 +307,7 @@ def _scaled_grain(deviation: int, channels: int) -> np.ndarray:
 
 
 def _noise(seed: int, deviation: int, channels: int, size: int) -> np.ndarray:
-    """Give int16 noise (size, size, channels): one value a grid cell, so that a larger drawing shrinks to the same picture."""
+    """Give int16 noise (size, size, channels): a value per grid cell, so that larger drawings shrink to the same picture."""
     y, x = divmod(seed, 256)
     window = _scaled_grain(deviation, channels)[y % GRID : y % GRID + GRID, x % GRID : x % GRID + GRID]
     if size == GRID:
@@ -372,11 +367,11 @@ def draw(scene: Scene, size: int = GRID, supersample: int = 4) -> Image.Image:
     return image
 
 
-# --- labels ------------------------------------------------------------------------------------------------------------------------------
+# --- labels
 
 
 def owner_map(scene: Scene) -> np.ndarray:
-    """Give which item shows in each grid cell: int8 (112, 112), 0 none, 1.. index of the item + 1; the number hides what it covers."""
+    """Give which item shows in each grid cell: int8 (112, 112), 0 none, 1.. the item; the number hides what it covers."""
     owner = np.zeros((GRID, GRID), dtype=np.int8)
     for index, item in enumerate(scene.items, start=1):
         x0, y0, x1, y1 = _cells(item.box)
@@ -411,9 +406,11 @@ def _digit_map(number: Number | None) -> np.ndarray:
 def dense_labels(scene: Scene, grid: int = 14) -> dict[str, np.ndarray]:
     """Label each of `grid` x `grid` patches with what the drawing shows there.
 
-    Shapes: `item`, `shape`, `colour`, `size`, `digit`, `digit_index`, `number_length`, `background` (grid, grid) int64; `box` and `number_box`
-    (grid, grid, 4) float32. Class 0 of all but `background` means nothing there. A patch belongs to the item (or digit) that covers most of
-    it if that is at least a quarter; `digit` is 1 + the digit, `digit_index` its place from the left from 1.
+    A patch belongs to the item (or digit) that covers most of it if that is at least a quarter. Class 0 of all but
+    `background` means nothing there; `digit` is 1 + the digit, `digit_index` its place from the left, from 1.
+
+    Shapes: `item`, `shape`, `colour`, `size`, `digit`, `digit_index`, `number_length`, `background` (grid, grid) int64;
+    `box` and `number_box` (grid, grid, 4) float32.
 
     Raises:
         DataError: `grid` does not divide 112.
