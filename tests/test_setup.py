@@ -1,4 +1,4 @@
-"""The set-up script: its decisions, and what it says where it cannot go on. `make test` itself begins with the real thing."""
+"""The set-up script: its decisions, and what it says where it cannot go on. `make test` begins with the real thing."""
 
 import importlib.util
 import os
