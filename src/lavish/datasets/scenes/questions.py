@@ -1,8 +1,8 @@
 """Questions about a drawn scene, each with the one right answer, in English and Chinese.
 
 Thirteen tasks: captions with and without boxes, attributes, counting, relations, existence, numbers, comparison,
-grounding both ways, and being asked for what is not there. An answer follows from scene and question alone, so that exact
-match is a fair score.
+grounding both ways, and being asked for what is not there. An answer follows from scene and question alone, so that
+exact match is a fair score.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lavish.datasets.scenes.phrases import (
     WORDS,
     article,
     boxes_text,
+    casual,
     phrase,
     plural,
 )
@@ -61,8 +62,8 @@ _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above
 class Question:
     """A question with its answer.
 
-    `template` is the prompt form it is for: "chat" (sentences), "vqa" (a word or two) or "base" (grounding). `boxes` are
-    those that the question or the answer is about, 0..1.
+    `template` is the prompt form it is for: "chat" (sentences), "vqa" (a word or two) or "base" (grounding). `boxes`
+    are those that the question or the answer is about, 0..1.
     """
 
     task: str
@@ -447,5 +448,5 @@ def ask(
     if len(found) == n:
         return found
     raise DataError(
-        f"ask: a scene with {len(scene.items)} items gives no question of the tasks {', '.join(weights)}; ask for more tasks."
+        f"ask: a scene with {len(scene.items)} items gives no question of the tasks {', '.join(weights)}; name more."
     )

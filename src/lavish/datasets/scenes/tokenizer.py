@@ -1,8 +1,8 @@
 """The tokenizer of the pocket model: a token for each word, Chinese character and coordinate of the drawn world.
 
-Ids: 0..2 specials, 3..258 bytes, then 1000 coordinates, then `[[`, `]]`, words and characters. A coordinate is a token only
-inside `[[...]]`; other digits are single bytes. Any text round-trips exactly, because what is no known word falls apart
-into its bytes.
+Ids: 0..2 specials, 3..258 bytes, then 1000 coordinates, then `[[`, `]]`, words and characters. A coordinate is a token
+only inside `[[...]]`; other digits are single bytes. Any text round-trips exactly, because what is no known word falls
+apart into its bytes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The drawn world of the pocket model: coloured shapes and a number on a light background.
 
 A scene is sampled as data, then drawn at any size, then labelled patch by patch. Everything lies on a grid of 112 x 112
-cells, the pixels of the pocket model's input, so that boxes have few distinct values. Needs numpy and Pillow; knows nothing
-of text (see `questions`) or tensors.
+cells, the pixels of the pocket model's input, so that boxes have few distinct values. Needs numpy and Pillow; knows
+nothing of text (see `questions`) or tensors.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def _scaled_grain(deviation: int, channels: int) -> np.ndarray:
 
 
 def _noise(seed: int, deviation: int, channels: int, size: int) -> np.ndarray:
-    """Give int16 noise (size, size, channels): a value per grid cell, so that larger drawings shrink to the same picture."""
+    """Give int16 noise (size, size, channels): one value a grid cell, so that larger drawings shrink to the same."""
     y, x = divmod(seed, 256)
     window = _scaled_grain(deviation, channels)[y % GRID : y % GRID + GRID, x % GRID : x % GRID + GRID]
     if size == GRID:
@@ -371,7 +371,7 @@ def draw(scene: Scene, size: int = GRID, supersample: int = 4) -> Image.Image:
 
 
 def owner_map(scene: Scene) -> np.ndarray:
-    """Give which item shows in each grid cell: int8 (112, 112), 0 none, 1.. the item; the number hides what it covers."""
+    """Give which item shows in each grid cell: int8 (112, 112), 0 none, 1.. the item; the number hides things."""
     owner = np.zeros((GRID, GRID), dtype=np.int8)
     for index, item in enumerate(scene.items, start=1):
         x0, y0, x1, y1 = _cells(item.box)
