@@ -1,0 +1,156 @@
+"""Configuration of CogVLM (v1) and CogVLM2: one family, told apart by `num_multi_query_heads`.
+
+The fields keep the spelling of the released config.json; `attribute_map` gives them their standard names. The release has no `model_type`
+and keeps the rotary base in its code, so both are filled in here.
+"""
+
+from typing import Literal
+
+from transformers import PreTrainedConfig
+
+from lavish.common.errors import ConfigError, did_you_mean
+
+ARCHITECTURE = "CogVLMForCausalLM"
+ROPE_THETA = {1: 10000.0, 2: 500000.0}  # in the released code, not in its config
+
+
+class CogVLMVisionConfig(PreTrainedConfig):
+    """The EVA2-CLIP-E tower. The defaults are CogVLM2's."""
+
+    model_type = "cogvlm_vision"
+    base_config_key = "vision_config"
+    attribute_map = {"num_attention_heads": "num_heads", "num_channels": "in_channels"}
+
+    image_size: int = 1344
+    patch_size: int = 14
+    in_channels: int = 3
+    num_positions: int | None = None  # patches + the class row; None: what image_size and patch_size give
+    hidden_size: int = 1792
+    intermediate_size: int = 15360
+    num_hidden_layers: int = 63
+    num_heads: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        num_positions = (self.image_size // self.patch_size) ** 2 + 1
+        if self.num_positions is None:
+            self.num_positions = num_positions
+        _check("vision_config.num_positions", self.num_positions, num_positions, "(image_size // patch_size)^2 + 1")
+        _check("vision_config.hidden_act", self.hidden_act, "gelu", "the exact GELU is the only one released")
+        _check("vision_config.hidden_size % num_heads", self.hidden_size % self.num_heads, 0, "heads of equal width")
+        super().__post_init__(**kwargs)
+
+
+class CogVLMConfig(PreTrainedConfig):
+    """A CogVLM network. The defaults are CogVLM v1's decoder; `num_multi_query_heads` makes it a CogVLM2.
+
+    Source: released config.json of cogvlm-chat-hf and cogvlm2-llama3-chat-19B (facts/cogvlm.md, section 1).
+    Raises: ConfigError where two fields cannot be true together.
+    """
+
+    model_type = "cogvlm"
+    attribute_map = {"num_key_value_heads": "num_multi_query_heads"}
+    sub_configs_defaults = {"vision_config": CogVLMVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "rope_deltas"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_multi_query_heads: int | None = None  # key/value heads; given (even if equal to the heads): CogVLM2
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048  # counted in cache slots: an image takes num_image_tokens of them
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    template_version: Literal["base", "chat", "vqa"] = "chat"
+    vision_config: dict | PreTrainedConfig | None = None
+    rope_theta: float | None = None  # None: 10000 in v1, 500000 in v2
+    rope: Literal["reference", "float32"] = "reference"
+
+    def __post_init__(self, **kwargs):
+        if self.rope not in ("reference", "float32"):
+            raise ConfigError(f"rope={self.rope!r} was asked; it is 'reference' (the stored inv_freq) or 'float32'.")
+        _check("hidden_act", self.hidden_act, "silu", "no other was released")
+        _check("tie_word_embeddings", self.tie_word_embeddings, False, "the family has a head of its own")
+        heads, key_value_heads = self.num_attention_heads, self.num_multi_query_heads or self.num_attention_heads
+        _check("hidden_size % num_attention_heads", self.hidden_size % heads, 0, "heads of equal width")
+        _check("num_attention_heads % num_multi_query_heads", heads % key_value_heads, 0, "query heads in equal groups")
+        _check("head width % 2", self.head_dim % 2, 0, "the rotary halves are equal")
+        if self.rope_theta is None:
+            self.rope_theta = ROPE_THETA[self.version]
+        super().__post_init__(**kwargs)
+
+    @property
+    def version(self) -> int:
+        """1 or 2. By the config alone: 1226 positions do not tell it (cogvlm-base-224 has 257 and is v1)."""
+        return 1 if self.num_multi_query_heads is None else 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Cache slots of one image: boi, the (in v2 merged) patches, eoi."""
+        vision = self.vision_config
+        grid = vision.image_size // vision.patch_size
+        return (grid if self.version == 1 else grid // 2) ** 2 + 2
+
+    def to_dict(self):
+        """As transformers', without `auto_map`: the code files that it names are never saved, nor run."""
+        config = super().to_dict()
+        config.pop("auto_map", None)
+        return config
+
+
+def _check(name: str, found, expected, why: str) -> None:
+    if found != expected:
+        raise ConfigError(f"config: {name} is {found!r} and must be {expected!r} ({why}). Correct the config.json.")
+
+
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vision_config",
+)
+REQUIRED_VISION = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_heads")
+
+
+def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
+    """Make the config of a released or saved config.json; a size that is absent raises instead of taking a default.
+
+    Args:
+        config: the parsed config.json.
+        where: the file, for messages.
+        overrides: fields to replace, on-disk spelling or standard; unknown ones raise.
+    Raises: ConfigError.
+    """
+    vision = config.get("vision_config")
+    absent = [key for key in REQUIRED if key not in config]
+    absent += [f"vision_config.{key}" for key in REQUIRED_VISION if isinstance(vision, dict) and key not in vision]
+    if absent:
+        raise ConfigError(
+            f"{where}: a CogVLM config needs {len(REQUIRED) + len(REQUIRED_VISION)} sizes and lacks {', '.join(absent)}. "
+            "Fetch the config.json of the release again."
+        )
+    known = set(CogVLMConfig.__dataclass_fields__) | set(CogVLMConfig.attribute_map)
+    unknown = [key for key in overrides if key not in known]
+    if unknown:
+        raise ConfigError(f"config: {unknown[0]!r} is no field of CogVLMConfig.{did_you_mean(unknown[0], known)}")
+    renamed = {CogVLMConfig.attribute_map.get(key, key): value for key, value in overrides.items()}
+    fields = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "vision_config")}
+    if isinstance(renamed.get("vision_config"), dict):
+        renamed["vision_config"] = {**vision, **renamed["vision_config"]}
+    return CogVLMConfig(**{**fields, "vision_config": dict(vision), **renamed})
