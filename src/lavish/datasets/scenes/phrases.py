@@ -290,7 +290,9 @@ def all_texts(language: str) -> list[str]:
         *RELATION[language].values(),
         *RELATION_WORD[language].values(),
     ]
-    texts += [*CAPTION_QUESTIONS[language], *GROUNDED_CAPTION_QUESTIONS[language], *CAPTION_WORDS[language]]
+    for question in (*CAPTION_QUESTIONS[language], *GROUNDED_CAPTION_QUESTIONS[language]):
+        texts += [question, casual(question)]
+    texts += CAPTION_WORDS[language]
     for forms in FORMS.values():
         for form in forms.values():
             questions, chat, short = form[language]

@@ -132,10 +132,8 @@ class _Asker:
         for _ in range(8):
             values = {}
             for name in names:
-                near = self.scene.items and self.dice.random() < 0.65
-                values[name] = (
-                    getattr(self.dice.choice(self.scene.items), name) if near else self.dice.choice(pools[name])
-                )
+                near = self.some_item() if self.dice.random() < 0.65 else None
+                values[name] = getattr(near, name) if near else self.dice.choice(pools[name])
             reference = Reference(**values)
             if not self.matching(reference):
                 return reference

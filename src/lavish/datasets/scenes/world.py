@@ -388,9 +388,7 @@ def _majority(owner: np.ndarray, num_classes: int, grid: int) -> np.ndarray:
     if num_classes == 0:
         return np.zeros((grid, grid), dtype=np.int64)
     hits = owner[None] == np.arange(1, num_classes + 1, dtype=np.int8)[:, None, None]
-    counts = np.add.reduceat(
-        np.add.reduceat(hits, range(0, GRID, side), axis=1, dtype=np.int32), range(0, GRID, side), axis=2
-    )
+    counts = hits.reshape(num_classes, grid, side, grid, side).sum(axis=(2, 4), dtype=np.int32)
     best = counts.argmax(axis=0)
     return np.where(counts.max(axis=0) * 4 >= side * side, best + 1, 0)
 
