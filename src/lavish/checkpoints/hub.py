@@ -1,0 +1,124 @@
+"""From what the user typed to a local folder: a path, a Hugging Face id, or `modelscope:` and an id.
+
+Downloads go through the hub's own client, which resumes, shows progress and obeys HF_ENDPOINT, HF_HOME and
+HF_HUB_OFFLINE. Only data is fetched: never a `.py`, and a pickle only where the repository has no safetensors. torch
+is not imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from lavish.common.errors import CheckpointError, ConfigError, MissingDependency
+
+MODELSCOPE = "modelscope:"
+DATA_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.yaml"]
+"""Weights, configs, tokenizers and templates."""
+PICKLE_FILES = ["pytorch_model*.bin", "adapter_model*.bin"]
+NEVER_FETCHED = ["*.py", "*/*"]
+"""Code, and folders beside the weights (other formats, training states)."""
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+    """Give the local path of `name_or_path`, and fetch it only if it is a hub id.
+
+    An id is `org/name[@revision]` or `modelscope:org/name[@revision]`. What exists as a path is that path, even if it
+    could be an id.
+
+    Raises:
+        ConfigError: neither a path nor an id, or no such repository or revision.
+        CheckpointError: the repository cannot be fetched now and is not in the cache.
+        MissingDependency: `modelscope:` without the modelscope client.
+    """
+    if Path(name_or_path).exists():
+        return Path(name_or_path)
+    name = str(name_or_path)
+    repo_id, _, wanted = name.removeprefix(MODELSCOPE).partition("@")
+    if isinstance(name_or_path, Path) or not _ID.fullmatch(repo_id):
+        raise ConfigError(
+            f"{name!r}: no such file or folder, and not a hub id. Give the path of a model's folder, 'org/name' "
+            "or 'org/name@revision' "
+            "for Hugging Face, or 'modelscope:org/name'."
+        )
+    if wanted and revision and wanted != revision:
+        raise ConfigError(
+            f"{name!r}: asks for revision {wanted!r} and the revision option for {revision!r}; give one of them."
+        )
+    fetch = _from_modelscope if name.startswith(MODELSCOPE) else _from_hugging_face
+    return fetch(repo_id, wanted or revision)
+
+
+def _fetch(snapshot: Callable[[list[str]], str]) -> Path:
+    """Fetch data files, and pickles only if no safetensors came with them."""
+    folder = Path(snapshot(DATA_FILES))
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return Path(snapshot([*DATA_FILES, *PICKLE_FILES]))
+
+
+def _from_hugging_face(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def snapshot(patterns: list[str]) -> str:
+        return snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=NEVER_FETCHED)
+
+    asked = f"{repo_id}@{revision}" if revision else repo_id
+    try:
+        return _fetch(snapshot)
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"{asked}: its owner asks for consent first. Accept it on the model's page, then log in: hf auth login."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{asked}: {constants.ENDPOINT} has the repository but not this revision.") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{asked}: no such file or folder, and no repository of this name on {constants.ENDPOINT} (or a "
+            "private one: hf auth login)."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        raise CheckpointError(
+            f"{asked}: {why}, and it is not completely in the cache {constants.HF_HUB_CACHE}. Connect "
+            "(HF_ENDPOINT chooses a mirror), "
+            "or give the path of its folder."
+        ) from error
+    except OSError as error:  # every other answer of the server, a full disk
+        raise CheckpointError(
+            f"{asked}: could not be fetched from {constants.ENDPOINT}: {error}. Run again: it resumes."
+        ) from error
+
+
+def _from_modelscope(repo_id: str, revision: str | None) -> Path:
+    try:
+        from modelscope import snapshot_download  # pyright: ignore[reportMissingImports]
+        from modelscope_hub.errors import HubError  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingDependency(
+            f"{MODELSCOPE}{repo_id}: needs the modelscope client, which is not installed: pip install "
+            "'modelscope>=1.38'."
+        ) from error
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+    def snapshot(patterns: list[str]) -> str:
+        return snapshot_download(
+            repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=NEVER_FETCHED, local_files_only=offline
+        )
+
+    try:
+        return _fetch(snapshot)
+    except (HubError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{MODELSCOPE}{repo_id}: could not be fetched: {error}. Check the name, or give the path of its folder."
+        ) from error

@@ -1,0 +1,33 @@
+"""Which released layout a path is. Looks at names in the folder only; torch is not imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lavish.checkpoints.hf import INDEX_SUFFIX, WEIGHT_FILES
+from lavish.common.errors import UnknownLayout
+
+READABLE = (
+    "a folder with config.json and model.safetensors, its shards with model.safetensors.index.json, or "
+    "pytorch_model.bin"
+)
+
+
+def detect(path: str | Path) -> str:
+    """Name the layout: `"hf"`.
+
+    Raises:
+        UnknownLayout: no such path, or of no layout that lavish reads; says what was found.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.name in WEIGHT_FILES or path.name.endswith((".safetensors", INDEX_SUFFIX)):
+            return "hf"
+        raise UnknownLayout(f"{path}: a file of no layout that lavish knows. It reads {READABLE}.")
+    if not path.is_dir():
+        raise UnknownLayout(f"{path}: no such file or folder.")
+    names = sorted(entry.name for entry in path.iterdir())
+    if "config.json" in names or any(name in names for name in WEIGHT_FILES):
+        return "hf"
+    found = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}" if names else "nothing"
+    raise UnknownLayout(f"{path}: a folder of no layout that lavish knows; found {found}. It reads {READABLE}.")
