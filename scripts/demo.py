@@ -55,10 +55,8 @@ def demo(output: Path) -> None:
         show(f"   ({time.perf_counter() - started_s:.2f} s)\n\n")
     output.parent.mkdir(parents=True, exist_ok=True)
     grounding.draw(open_image(PICTURE), grounding.parse(answer)).save(output)
-    print(
-        f"The box of the last answer is drawn in {output.relative_to(ROOT) if output.is_relative_to(ROOT) else output}"
-    )
-    print("To go on yourself, type:\n")
+    shown = output.relative_to(ROOT) if output.is_relative_to(ROOT) else output
+    print(f"The box of the last answer is drawn in {shown}\nTo go on yourself, type:\n")
     print(f"    .venv/bin/lavish chat --image {PICTURE.relative_to(ROOT)}\n")
 
 
