@@ -116,19 +116,19 @@ def _label(
     size: tuple[int, int],
     taken: list[Area],
 ) -> None:
-    """Write a tag in the box's colour at the first of eight places around the box that is free, inside the image."""
+    """Write a tag in the box's colour inside the image: at a free corner of the box, else the nearest free row."""
     left, top, _, bottom = pen.textbbox((0, 0), "Agjy", font=font)
     padding = max(2, round((bottom - top) * 0.2))
     height = int(bottom - top) + 2 * padding
-    text = _shorten(pen, text, font, size[0] - 2 * padding)
+    x0, y0, x1, y1 = area
+    text = _shorten(pen, text, font, min(size[0], max(x1 - x0, size[0] // 2)) - 2 * padding)
     if not text or height > size[1]:
         return
     width = math.ceil(pen.textlength(text, font=font)) + 2 * padding
-    x0, y0, x1, y1 = area
     places = [(x, y) for y in (y0 - height, y1 + 1) for x in (x0, x1 + 1 - width)]
     places += [(x, y) for y in (y0 + line, y1 + 1 - line - height) for x in (x0 + line, x1 + 1 - line - width)]
+    places += [(x0, y) for y in sorted(range(0, size[1], height), key=lambda y: abs(y - y0))]
     places = [(min(max(x, 0), size[0] - width), y) for x, y in places if 0 <= y <= size[1] - height]
-    places = places or [(min(max(x0, 0), size[0] - width), min(max(y0, 0), size[1] - height))]
     x, y = next((place for place in places if not _overlaps(place, width, height, taken)), places[0])
     taken.append((x, y, x + width, y + height))
     pen.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
