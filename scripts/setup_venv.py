@@ -33,7 +33,7 @@ HEARTBEAT_S = 10  # between progress lines where the output is no terminal
 NO_NETWORK = re.compile(
     r"(Failed to establish a new connection|Temporary failure in name resolution|Name or service not known|dns error"
     r"|Network is unreachable|Connection refused|ConnectTimeout|ReadTimeout|Could not fetch URL|error sending request"
-    r"|nodename nor servname)",
+    r"|nodename nor servname|from versions: none)",
     re.IGNORECASE,
 )
 
@@ -51,6 +51,7 @@ class Progress:
     def __init__(self, title: str) -> None:
         self.title = title
         self.detail = ""
+        self.outcome = "done"
         self.started_s = time.monotonic()
         self.is_tty = sys.stderr.isatty()
         self._done = threading.Event()
@@ -70,7 +71,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self._write(f"{self.title}: {'done in' if kind is None else 'stopped after'} {self.elapsed}", end="\n")
+        self._write(f"{self.title}: {'stopped' if kind else self.outcome} after {self.elapsed}", end="\n")
 
     def _write(self, line: str, end: str) -> None:
         if self.is_tty:
@@ -253,8 +254,9 @@ def install_cpu_torch(version: str) -> None:
         uv_install = [str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON), "--torch-backend=cpu"]
         if run([*pip_install, "uv"], progress)[0] == 0 and run([*uv_install, f"torch=={version}"], progress)[0] == 0:
             return
+        progress.outcome = "not found"
     if platform.system() == "Linux":
-        say("warning: found no CPU build; the default one brings its CUDA libraries, about 3 GB to download.")
+        say("warning: no CPU build of torch can be had here; the default one brings CUDA libraries, about 3 GB.")
     with Progress(f"Installing torch {version}, default build") as progress:
         pip(["install", f"torch=={version}"], progress)
 

@@ -1,7 +1,7 @@
 """The READMEs: the blocks marked `<!-- run -->` run as they stand, both languages say the same, links lead somewhere.
 
-`<!-- run: pocket -->` marks a block that needs the bundled weights. A block runs in a folder that looks like the repository's
-root, so that what it writes does not land in the repository; a command that reads from the terminal is told `stop`.
+`<!-- run: pocket -->` marks a block that needs the bundled weights. A block runs in a folder that looks like the
+repository's root, so that what it writes lands elsewhere; a command that reads from the terminal is told `stop`.
 """
 
 import os
