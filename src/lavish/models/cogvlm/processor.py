@@ -1,0 +1,523 @@
+"""CogVLM and CogVLM2: chat messages and a picture to model inputs, ids back to text.
+
+Source: THUDM/CogVLM and THUDM/CogVLM2 releases (build_conversation_input_ids, the demos). A sequence is
+`[bos] + image slots (boi, patches, eoi) + text`; the picture of a conversation always stands right after bos, in
+whatever turn it was sent. Nothing here runs the network, and a prompt that is longer than the context is refused in
+`lavish.inference`, not here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from lavish.common.errors import CheckpointError, ConfigError, PromptError, did_you_mean
+from lavish.common.media import MediaLimits, image_digest, open_image
+from lavish.common.messages import ImagePart, Message, images, is_batch, normalize, turns
+from lavish.models.cogvlm.config import CogVLMConfig, CogVLMVisionConfig, read_config
+from lavish.processors.pixels import CLIP_MEAN, CLIP_STD, resize_two_pass, to_rgb
+from lavish.processors.pixels import normalize as normalize_pixels
+from lavish.processors.tokenizers import encode_plain, load_tokenizer
+
+IGNORE_INDEX = -100
+TEXT_TYPE, VISION_TYPE = 0, 1
+
+
+@dataclass(frozen=True)
+class Template:
+    """One released prompt format.
+
+    `opening`, then per turn `question`, the text, `answer`; a past turn goes on with a space, its answer and a newline.
+    """
+
+    question: str
+    answer: str
+    opening: str = ""
+    keeps_history: bool = True
+    text_only: bool = False
+
+    def format(self, question: str) -> str:
+        """Give one question with the words around it, up to where its answer begins."""
+        return self.question + question + self.answer
+
+
+TEMPLATES = {
+    "chat": Template("Question: ", " Answer:"),
+    "vqa": Template("Question: ", " Short answer:"),
+    "base": Template("", "", keeps_history=False),
+    # The text-only rule of the v1 terminal demo, without its fault: from turn 3 on the demo repeats the earlier turns.
+    "vicuna": Template(
+        "USER: ",
+        " ASSISTANT:",
+        opening="A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        text_only=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation: pieces of (text, is an answer to learn), and the source of its picture, if any."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    image: Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One encoded, unpadded row. `labels` are the ids of the answers and -100 elsewhere."""
+
+    input_ids: list[int]
+    token_type_ids: list[int]
+    labels: list[int]
+
+
+class CogVLMProcessor(ProcessorMixin):
+    """Turn chat messages into CogVLM inputs and ids into text.
+
+    `image_size` is the side of the square picture in pixels, `num_image_tokens` the slots it takes, boi and eoi
+    included. The ids of bos, eos and pad come from the model config, never from the tokenizer: the v2 release sets the
+    tokenizer's pad id as a side effect, we do not.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_size: int,
+        num_image_tokens: int,
+        bos_token_id: int,
+        eos_token_id: int,
+        pad_token_id: int,
+        template_version: str = "chat",
+    ):
+        super().__init__(tokenizer)
+        self.image_size = image_size
+        self.num_image_tokens = num_image_tokens
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        self.template_version = template_version
+
+    @classmethod
+    def from_config(cls, config: CogVLMConfig, tokenizer: PreTrainedTokenizerBase) -> CogVLMProcessor:
+        """Pair a tokenizer with the sizes and ids of a model config.
+
+        Raises:
+            ConfigError: the tokenizer's bos is not the model's, so it belongs to another model; or the config lacks an
+            id.
+        """
+        vision, eos = config.vision_config, config.eos_token_id
+        if not isinstance(vision, CogVLMVisionConfig):
+            raise ConfigError("config: vision_config is absent; the processor takes the size of the picture from it.")
+        if tokenizer.bos_token_id is not None and tokenizer.bos_token_id != config.bos_token_id:
+            raise ConfigError(
+                f"The tokenizer's bos id is {tokenizer.bos_token_id} ({tokenizer.bos_token!r}, {len(tokenizer)} ids) "
+                "and the model's is "
+                f"{config.bos_token_id} ({config.vocab_size} ids): the tokenizer belongs to another model. Name the "
+                "right one with tokenizer=..."
+            )
+        return cls(
+            tokenizer,
+            image_size=vision.image_size,
+            num_image_tokens=config.num_image_tokens,
+            bos_token_id=_one_id("bos_token_id", config.bos_token_id),
+            eos_token_id=_one_id("eos_token_id", eos[0] if isinstance(eos, list) and eos else eos),
+            pad_token_id=_one_id("pad_token_id", config.pad_token_id),
+            template_version=config.template_version,
+        )
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool | None = None,
+        _from_auto: bool = False,
+    ) -> CogVLMProcessor:
+        """Read a released folder (config.json and tokenizer files), or one that `save_pretrained` wrote.
+
+        `tokenizer` names a folder apart from the weights (v1 releases have none of their own). `trust_remote_code` and
+        `_from_auto` are what `AutoProcessor` passes along; they change nothing, since no code of a checkpoint is ever
+        run.
+
+        Raises:
+            CheckpointError: config.json or the tokenizer is absent or damaged.
+            ConfigError: the tokenizer belongs to another model.
+        """
+        folder = _folder(pretrained_model_name_or_path, revision)
+        saved = _read_json(folder / "processor_config.json")
+        fields = ("image_size", "num_image_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "template_version")
+        if (
+            saved is not None
+            and saved.get("processor_class") == cls.__name__
+            and all(field in saved for field in fields)
+        ):
+            return cls(_tokenizer(tokenizer, folder, None), **{field: saved[field] for field in fields})
+        config_dict = _read_json(folder / "config.json")
+        if config_dict is None:
+            raise CheckpointError(
+                f"{folder}: no config.json and no processor_config.json; give the folder of a CogVLM release."
+            )
+        config = read_config(config_dict, str(folder / "config.json"))
+        return cls.from_config(config, _tokenizer(tokenizer, folder, config.vocab_size))
+
+    # Prompts
+
+    def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        messages: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        return_tensors: str | None = "pt",
+        padding_side: str = "left",
+        return_labels: bool = False,
+        compat: str | None = None,
+        allow_paths: bool = True,
+        allow_urls: bool = False,
+        limits: MediaLimits | None = None,
+    ) -> Any:
+        """Render one conversation or a list of them with a released template, and encode it.
+
+        `chat_template` is "chat", "vqa", "base" or "vicuna" (text only); None takes the model's `template_version`. A
+        system message has no place in the released formats: its text goes in front of the first question that is
+        rendered, with a space between. With `return_labels` the answers stay in the sequence, each encoded on its own
+        and followed by eos, and `labels` is -100 outside them; `compat="release"` trains the last answer only, with the
+        earlier turns as the text that inference sees.
+
+        Shapes: input_ids, attention_mask, token_type_ids, labels (batch, seq) int64; pixel_values (rows with a picture,
+        3, size, size) float32, absent when no row has one. With `return_tensors=None` lists of ids, flat for a single
+        conversation. With `tokenize=False` the text alone; with `return_dict=False` the ids alone.
+
+        Raises:
+            PromptError: messages out of order, an unknown template, two pictures, nothing to answer or to learn.
+            MediaError: a picture that cannot or must not be opened.
+        """
+        conversations = messages if is_batch(messages) else [messages]
+        if compat not in (None, "release"):
+            raise PromptError(f"compat={compat!r} is unknown; use None or 'release'.")
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            try:
+                checked = normalize(conversation)
+                prompts.append(self._render(checked, chat_template, add_generation_prompt, return_labels, compat))
+            except PromptError as error:
+                if len(conversations) == 1:
+                    raise
+                raise PromptError(f"Conversation {index} of {len(conversations)}: {error}") from error
+        if not tokenize:
+            texts = ["".join(text for text, _ in prompt.pieces) for prompt in prompts]
+            return texts if is_batch(messages) else texts[0]
+        rows = [self._encode(prompt) for prompt in prompts]
+        pictures = [
+            open_image(prompt.image, limits=limits or MediaLimits(), allow_paths=allow_paths, allow_urls=allow_urls)
+            for prompt in prompts
+            if prompt.image is not None
+        ]
+        batch = self._collate(
+            rows, pictures, padding_side, return_labels, return_tensors, is_single=not is_batch(messages)
+        )
+        return batch if return_dict else batch["input_ids"]
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = "pt",
+        padding_side: str = "left",
+    ) -> BatchFeature:
+        """Encode text as it is, without a template.
+
+        One string and at most one picture, or a list of strings and a picture or None for each.
+
+        Raises:
+            PromptError: no text, or another number of pictures than of strings.
+        """
+        if text is None:
+            raise PromptError("Give text=...; for a chat use apply_chat_template(messages).")
+        is_single = isinstance(text, str)
+        texts = [text] if isinstance(text, str) else list(text)
+        sources = (
+            [None] * len(texts)
+            if images is None
+            else [images]
+            if is_single and not isinstance(images, list)
+            else list(images)
+        )
+        if len(sources) != len(texts):
+            raise PromptError(f"{len(texts)} texts and {len(sources)} images: give one image, or None, for each text.")
+        rows = [self._encode(Prompt(((text, False),), source)) for text, source in zip(texts, sources, strict=True)]
+        pictures = [open_image(source) for source in sources if source is not None]
+        return self._collate(rows, pictures, padding_side, False, return_tensors, is_single=is_single)
+
+    def _render(
+        self,
+        messages: list[Message],
+        chat_template: str | None,
+        add_generation_prompt: bool,
+        return_labels: bool,
+        compat: str | None,
+    ) -> Prompt:
+        name, template = self._template(chat_template)
+        system, rounds = turns(messages)
+        image = _one_image(messages)
+        if template.text_only and image is not None:
+            raise PromptError(
+                f"The template {name!r} is for conversations without an image; use 'chat', 'vqa' or 'base'."
+            )
+        is_finished = rounds[-1].answer is not None
+        if return_labels and not is_finished:
+            raise PromptError(
+                "return_labels needs a conversation that ends with an answer; its last message has role 'user'."
+            )
+        if is_finished and not return_labels and add_generation_prompt:
+            raise PromptError(
+                "The conversation ends with an answer, so there is nothing to generate: add a question, or pass "
+                "add_generation_prompt=False "
+                "(or return_labels=True for training)."
+            )
+        if not is_finished and image is None and not any(message.text().strip() for message in messages):
+            raise PromptError("The prompt is empty: no text and no image.")
+        questions = [turn.user.text() for turn in rounds]
+        answers = [turn.answer.text() for turn in rounds if turn.answer is not None]
+        is_last_only = not is_finished or compat == "release"
+        if not template.keeps_history:
+            if is_finished and not is_last_only and len(answers) > 1:
+                raise PromptError(
+                    f"The template {name!r} has no history, so a conversation of {len(answers)} answers cannot be "
+                    "trained as one sequence: "
+                    "give each question with its answer as a conversation of its own, or use compat='release' (the "
+                    "last answer only)."
+                )
+            questions, answers = questions[-1:], answers[-1:] if is_finished else []
+        if system is not None and system.text():
+            questions[0] = f"{system.text()} {questions[0]}"
+        if is_last_only:
+            pieces = _last_turn(template, questions, answers, add_answer_prompt=add_generation_prompt or is_finished)
+        else:
+            pieces = _all_turns(template, questions, answers)
+        return Prompt(pieces, image)
+
+    def _template(self, chat_template: str | None) -> tuple[str, Template]:
+        name = self.template_version if chat_template is None else chat_template
+        if name not in TEMPLATES:
+            origin = "the model config's template_version" if chat_template is None else "chat_template"
+            raise PromptError(
+                f"Unknown template {name!r} ({origin}); known are "
+                f"{', '.join(TEMPLATES)}.{did_you_mean(str(name), TEMPLATES)}"
+            )
+        return name, TEMPLATES[name]
+
+    # Ids
+
+    def _encode(self, prompt: Prompt) -> Row:
+        num_slots = 0 if prompt.image is None else self.num_image_tokens
+        # The slots hold the pad id; what marks them as image is their type, never their id.
+        input_ids = [self.bos_token_id] + [self.pad_token_id] * num_slots
+        token_type_ids = [TEXT_TYPE] + [VISION_TYPE] * num_slots
+        labels = [IGNORE_INDEX] * len(input_ids)
+        for text, is_answer in prompt.pieces:
+            ids = encode_plain(self.tokenizer, text) + ([self.eos_token_id] if is_answer else [])
+            input_ids += ids
+            labels += ids if is_answer else [IGNORE_INDEX] * len(ids)
+        return Row(input_ids, token_type_ids + [TEXT_TYPE] * (len(input_ids) - len(token_type_ids)), labels)
+
+    def _collate(
+        self,
+        rows: list[Row],
+        pictures: list[Any],
+        padding_side: str,
+        return_labels: bool,
+        return_tensors: str | None,
+        is_single: bool,
+    ) -> BatchFeature:
+        if padding_side not in ("left", "right"):
+            raise PromptError(
+                f"padding_side={padding_side!r} is unknown; use 'left' (generation) or 'right' (training)."
+            )
+        if return_tensors not in (None, "pt", "np"):
+            raise PromptError(f"return_tensors={return_tensors!r} is unknown; use 'pt', 'np' or None.")
+        width = max(len(row.input_ids) for row in rows)
+
+        def pad(values: list[int], fill: int) -> list[int]:
+            padding = [fill] * (width - len(values))
+            return padding + values if padding_side == "left" else values + padding
+
+        data: dict[str, Any] = {
+            "input_ids": [pad(row.input_ids, self.pad_token_id) for row in rows],
+            "attention_mask": [pad([1] * len(row.input_ids), 0) for row in rows],
+            "token_type_ids": [pad(row.token_type_ids, TEXT_TYPE) for row in rows],
+        }
+        if return_labels:
+            data["labels"] = [pad(row.labels, IGNORE_INDEX) for row in rows]
+        if return_tensors is None and is_single:
+            data = {name: values[0] for name, values in data.items()}
+        if return_tensors is not None:
+            data = {name: np.asarray(values, dtype=np.int64) for name, values in data.items()}
+        if pictures:
+            data["pixel_values"] = np.stack([self._pixels(picture) for picture in pictures])
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    # Images
+
+    def pixel_values(
+        self, image: Any, *, allow_paths: bool = True, allow_urls: bool = False, limits: MediaLimits | None = None
+    ) -> torch.Tensor:
+        """Give one picture as the tower takes it.
+
+        RGB (alpha dropped), bicubic with antialiasing to a square (the aspect ratio is not kept), CLIP mean and std.
+
+        Shapes: (3, size, size), float32.
+        """
+        picture = open_image(image, limits=limits or MediaLimits(), allow_paths=allow_paths, allow_urls=allow_urls)
+        return torch.from_numpy(self._pixels(picture))
+
+    def _pixels(self, picture: Any) -> np.ndarray:
+        return normalize_pixels(
+            resize_two_pass(to_rgb(picture), (self.image_size, self.image_size)), CLIP_MEAN, CLIP_STD
+        )
+
+    def open_images(
+        self, messages: Any, *, allow_paths: bool = True, allow_urls: bool = False, limits: MediaLimits | None = None
+    ) -> list[Message]:
+        """Give the checked messages of one conversation with every picture opened.
+
+        Later calls with them read no file and no URL again.
+        """
+        checked = normalize(messages)
+        _one_image(checked)
+
+        def opened(part: Any) -> Any:
+            if not isinstance(part, ImagePart):
+                return part
+            limit = limits or MediaLimits()
+            return ImagePart(open_image(part.source, limits=limit, allow_paths=allow_paths, allow_urls=allow_urls))
+
+        return [Message(message.role, tuple(opened(part) for part in message.parts)) for message in checked]
+
+    def image_digests(
+        self, messages: Any, *, allow_paths: bool = True, allow_urls: bool = False, limits: MediaLimits | None = None
+    ) -> list[str]:
+        """Give the content hash of each picture of one conversation (none or one), the key of a feature cache."""
+        opened = self.open_images(messages, allow_paths=allow_paths, allow_urls=allow_urls, limits=limits)
+        return [image_digest(picture) for _, picture in images(opened)]
+
+    # Text
+
+    def decode(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> str:
+        """Give the text of ids, without special tokens unless asked.
+
+        Bytes of a character that is not complete yet become U+FFFD. `kwargs` are those of the tokenizer's `decode`.
+        """
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def show_labels(self, batch: BatchFeature) -> str:
+        """Render the rows of a training batch for a human, one line each: what is trained stands between « and ».
+
+        Image slots and padding are counted (`<image x1227>`, `<pad x12>`); newlines are written as `\\n`.
+
+        Raises:
+            PromptError: the batch has no labels.
+        """
+        if "labels" not in batch:
+            raise PromptError("The batch has no labels; make it with apply_chat_template(..., return_labels=True).")
+        names = ("input_ids", "token_type_ids", "attention_mask", "labels")
+        columns = [np.atleast_2d(np.asarray(batch[name])).tolist() for name in names]
+        return "\n".join(self._show_row(*row) for row in zip(*columns, strict=True))
+
+    def _show_row(
+        self, input_ids: list[int], token_type_ids: list[int], attention_mask: list[int], labels: list[int]
+    ) -> str:
+        kinds = [
+            "pad" if not mask else "image" if kind == VISION_TYPE else "text" if label == IGNORE_INDEX else "answer"
+            for kind, mask, label in zip(token_type_ids, attention_mask, labels, strict=True)
+        ]
+        shown, start = [], 0
+        for end in range(1, len(kinds) + 1):
+            if end < len(kinds) and kinds[end] == kinds[start]:
+                continue
+            kind, ids = kinds[start], input_ids[start:end]
+            if kind in ("pad", "image"):
+                shown.append(f"<{kind} x{end - start}>")
+            else:
+                text = self.decode(ids, skip_special_tokens=False).replace("\n", "\\n")
+                shown.append(f"«{text}»" if kind == "answer" else text)
+            start = end
+        return "".join(shown)
+
+
+def _last_turn(
+    template: Template, questions: list[str], answers: list[str], add_answer_prompt: bool
+) -> tuple[tuple[str, bool], ...]:
+    """Render as inference sees it: past turns as text, then the question, then (`compat="release"`) its answer."""
+    last = len(questions) - 1
+    past = [f"{template.format(questions[i])} {answers[i]}\n" for i in range(last)]
+    question = template.format(questions[last]) if add_answer_prompt else template.question + questions[last]
+    context = template.opening + "".join(past) + question
+    return ((context, False), *((answer, True) for answer in answers[last:]))
+
+
+def _all_turns(template: Template, questions: list[str], answers: list[str]) -> tuple[tuple[str, bool], ...]:
+    """Render for training: every answer is a piece of its own; the text goes on with a newline, as in the history."""
+    pieces: list[tuple[str, bool]] = []
+    for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        before = template.opening if index == 0 else "\n"
+        pieces += [(before + template.format(question), False), (answer, True)]
+    return tuple(pieces)
+
+
+def _one_image(messages: list[Message]) -> Any:
+    found = list(images(messages))
+    if len(found) > 1:
+        where = ", ".join(str(index) for index, _ in found)
+        raise PromptError(
+            f"The conversation holds {len(found)} images (messages {where}); CogVLM takes one, which stands before the "
+            "text for all turns. "
+            "Keep one image, or start a new conversation for the next one."
+        )
+    return found[0][1] if found else None
+
+
+def _tokenizer(
+    tokenizer: str | Path | PreTrainedTokenizerBase | None, folder: Path, vocab_size: int | None
+) -> PreTrainedTokenizerBase:
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    return load_tokenizer(folder if tokenizer is None else _folder(tokenizer, None), vocab_size=vocab_size)
+
+
+def _one_id(name: str, token_id: Any) -> int:
+    if not isinstance(token_id, int):
+        raise ConfigError(f"config: {name} is {token_id!r}; the processor needs one id. Correct the config.json.")
+    return token_id
+
+
+def _folder(name_or_path: str | Path, revision: str | None) -> Path:
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    from lavish.checkpoints import hub  # only a hub name needs it
+
+    return hub.resolve(str(name_or_path), revision=revision)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
