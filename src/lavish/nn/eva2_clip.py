@@ -1,8 +1,8 @@
 """The EVA2-CLIP-E vision tower and its gated projector, as CogVLM, CogVLM2 and GLM-4V run it.
 
-Source: CogVLM2 release, visual.py (read through a public copy; facts/cogvlm.md). Module names are the released key names. What the
-families do differently (the 2x2 merge, its width, the final scale) are arguments. Not here: preprocessing, and what the decoder does with
-the features.
+Source: CogVLM2 release, visual.py (read through a public copy; facts/cogvlm.md). Module names are the released key
+names. What the families do differently (the 2x2 merge, its width, the final scale) are arguments. Not here:
+preprocessing, and what the decoder does with the features.
 """
 
 import torch
@@ -18,7 +18,7 @@ PROJECTOR_NORM_EPS = 1e-5  # the release leaves torch's default here; the tower'
 class PatchEmbedding(nn.Module):
     """Cut the image into patches, prepend the class row and add the learned positions; no norm, no dropout.
 
-    Shapes: (images, channels, image_size, image_size) -> (images, 1 + patches, hidden), patches row by row, class row first.
+    Shapes: (images, channels, image_size, image_size) -> (images, 1 + patches, hidden): class row, patches.
     """
 
     def __init__(self, image_size: int, patch_size: int, num_channels: int, hidden_size: int, num_positions: int):
@@ -171,7 +171,7 @@ class EVA2CLIPModel(nn.Module):
         self.scaling_factor = scaling_factor
 
     def encode(self, pixel_values: torch.Tensor, attn_implementation: str = "sdpa") -> torch.Tensor:
-        """Give the patches before the projector: tower, class row dropped, merged. (images, tokens, merge or hidden)."""
+        """Give the patches before the projector: tower, no class row, merged. (images, tokens, merge or hidden)."""
         hidden_states = self.transformer(self.patch_embedding(pixel_values), attn_implementation)[:, 1:]
         if self.conv is None:
             return hidden_states

@@ -1,7 +1,7 @@
 """Configuration of CogVLM (v1) and CogVLM2: one family, told apart by `num_multi_query_heads`.
 
-The fields keep the spelling of the released config.json; `attribute_map` gives them their standard names. The release has no `model_type`
-and keeps the rotary base in its code, so both are filled in here.
+The fields keep the spelling of the released config.json; `attribute_map` gives them their standard names. The release
+has no `model_type` and keeps the rotary base in its code, so both are filled in here.
 """
 
 from typing import Literal
@@ -142,8 +142,8 @@ def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
     absent += [f"vision_config.{key}" for key in REQUIRED_VISION if isinstance(vision, dict) and key not in vision]
     if absent:
         raise ConfigError(
-            f"{where}: a CogVLM config needs {len(REQUIRED) + len(REQUIRED_VISION)} sizes and lacks {', '.join(absent)}. "
-            "Fetch the config.json of the release again."
+            f"{where}: a CogVLM config needs {len(REQUIRED) + len(REQUIRED_VISION)} sizes and lacks "
+            f"{', '.join(absent)}. Fetch the config.json of the release again."
         )
     known = set(CogVLMConfig.__dataclass_fields__) | set(CogVLMConfig.attribute_map)
     unknown = [key for key in overrides if key not in known]

@@ -1,0 +1,43 @@
+"""Rules from the released CogVLM tensors to our modules. The names are the same; what is here is what may differ.
+
+Not here: the SAT layout of v1.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from lavish.checkpoints.rules import Optional, Rule
+from lavish.common.errors import CheckpointError
+from lavish.models.cogvlm.model import CogVLMForCausalLM, RotaryEmbedding, reference_inv_freq
+
+INV_FREQ = "model.layers.*.self_attn.rotary_emb.inv_freq"
+
+RULES: tuple[Rule, ...] = (
+    Optional(INV_FREQ, why="computed from the rotary base; stored in every v2 file, not known of v1's"),
+)
+
+
+def complete(network: CogVLMForCausalLM, absent: Iterable[str] = ()) -> None:
+    """Make the tensors that the files did not hold, and check those that must agree. Call it after every load.
+
+    Args:
+        absent: the names that loading left on the meta device.
+    Raises:
+        CheckpointError: a name that cannot be computed, or layers with different `inv_freq` (one table serves all).
+    """
+    rotary = [module for module in network.modules() if isinstance(module, RotaryEmbedding)]  # in the order of layers
+    names = {INV_FREQ.replace("*", str(index)): module for index, module in enumerate(rotary)}
+    for name in absent:
+        if name not in names:
+            raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
+        module, weight = names[name], network.lm_head.weight
+        # In the dtype of the weights, as the release builds it: float32 cast to bf16 differs in 17 of 64 entries.
+        module.inv_freq = reference_inv_freq(module.head_dim, module.base, weight.dtype).to(weight.device)
+    first = rotary[0].inv_freq
+    for index, module in enumerate(rotary[1:], start=1):
+        if not first.is_meta and not torch.equal(module.inv_freq.to(first.device), first):
+            raise CheckpointError(
+                f"inv_freq of layer {index} differs from layer 0's; in every CogVLM they are equal. The checkpoint is "
+                "damaged or of another model: compare its files with the release."
+            )
