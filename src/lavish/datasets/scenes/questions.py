@@ -191,10 +191,7 @@ class _Asker:
                 for item in self.scene.items
             )
             number = self.dice.choice(sorted(set(present.values())))
-            shape, colour = self.dice.choice(
-                sorted((key for key, times in present.items() if times == number), key=str)
-            )
-            return Reference(shape, colour)
+            return Reference(*self.dice.choice([key for key, times in present.items() if times == number]))
         names = ("shape", "colour") if kind == "both" else (kind,)
         return self.absent_reference(names) or Reference()
 
