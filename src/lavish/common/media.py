@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import io
 import os
 import re
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from .errors import ConfigError, MediaError
-from .sniff import FORMATS, describe, is_same_format, jpeg_scans, sniff, webp_size
+from .sniff import FORMATS, describe, is_busywork, is_same_format, sniff, webp_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +51,6 @@ _PILLOW_FAULTS = (
 )
 _ORIENTATION_TAG = 0x0112
 _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = 322, 323
-_MAX_JPEG_SCANS = 200  # a progressive JPEG of a camera or editor has about 10; each one costs a pass over all pixels
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _READ_BYTES = 1 << 20
 
@@ -136,6 +134,8 @@ def image_digest(image: Image.Image) -> str:
 
     Mode, size and palette are hashed with them; metadata are not.
     """
+    import hashlib  # it loads OpenSSL, which only this function needs
+
     digest = hashlib.sha256(f"{image.mode}:{image.width}x{image.height}:".encode())
     if image.mode in ("P", "PA"):
         digest.update(bytes(image.getpalette() or ()))
@@ -219,31 +219,35 @@ def _read_data_url(url: str, limits: MediaLimits) -> bytes:
 
 def _read_path(path: str, limits: MediaLimits) -> bytes:
     shown = _short(path)
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    )  # each exists on one kind of system only
+    handle = _open_path(path, shown)
     try:
-        # Open first, then ask what it is, so that nothing is swapped in between. Without the flag a FIFO would block.
-        handle = os.open(path, flags)
-    except FileNotFoundError as error:
-        raise MediaError(f"The image file {shown!r} does not exist (looked from {os.getcwd()!r}).") from error
-    except IsADirectoryError as error:
-        raise MediaError(f"The image path {shown!r} is a folder; name one image file in it.") from error
-    except PermissionError as error:
-        kind = "is a folder; name one image file in it" if os.path.isdir(path) else "may not be read by this user"
-        raise MediaError(f"The image path {shown!r} {kind}.") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL character
-        hint = " Base64 text needs 'data:image/png;base64,' before it." if len(path) > 255 else ""
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no valid file name"
-        raise MediaError(f"The image path {shown!r} cannot be opened: {reason}.{hint}") from error
-    with open(handle, "rb") as file:
+        # Ask only now what it is, so that nothing is swapped in between.
         status = os.fstat(handle)
         if stat.S_ISDIR(status.st_mode):
             raise MediaError(f"The image path {shown!r} is a folder; name one image file in it.")
         if not stat.S_ISREG(status.st_mode):
             raise MediaError(f"The image path {shown!r} is a device, pipe or socket; name a regular file.")
         _check_bytes(status.st_size, f"The image file {shown!r}", limits)
-        return _read_stream(file, f"The image file {shown!r}", limits)
+        with open(handle, "rb", closefd=False) as file:
+            return _read_stream(file, f"The image file {shown!r}", limits)
+    finally:
+        os.close(handle)
+
+
+def _open_path(path: str, shown: str) -> int:
+    # Without O_NONBLOCK (which Windows lacks) a FIFO would block; O_BINARY is of Windows alone.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    hint = " Base64 text needs 'data:image/png;base64,' before it." if len(path) > 255 else ""
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError as error:
+        raise MediaError(f"The image file {shown!r} does not exist (looked from {os.getcwd()!r}).{hint}") from error
+    except PermissionError as error:  # Windows answers so for a folder
+        kind = "is a folder; name one image file in it" if os.path.isdir(path) else "may not be read by this user"
+        raise MediaError(f"The image path {shown!r} {kind}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no valid file name"
+        raise MediaError(f"The image path {shown!r} cannot be opened: {reason}.{hint}") from error
 
 
 def _read_stream(file: BinaryIO, label: str, limits: MediaLimits) -> bytes:
@@ -286,9 +290,9 @@ def _open_encoded(encoded: bytes, stream: BinaryIO, label: str, limits: MediaLim
         )
     if name == "WEBP":  # Pillow allocates the whole canvas as soon as it opens one
         _check_size(webp_size(encoded), label, limits)
-    if name == "JPEG" and jpeg_scans(encoded) > _MAX_JPEG_SCANS:
+    if is_busywork(encoded):
         raise MediaError(
-            f"{_capital(label)} is a JPEG of over {_MAX_JPEG_SCANS} scans, which keep a decoder busy; save it anew."
+            f"{_capital(label)} is a {name} in so many parts that it would block the decoder; save it anew."
         )
     try:
         # Not PIL.Image.open: its bomb check follows a process-wide number and warns; ours follows `limits` and raises.
