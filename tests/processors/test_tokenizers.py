@@ -9,6 +9,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerFast
 
 from lavish.common.errors import CheckpointError
+from lavish.datasets.scenes.tokenizer import save_tokenizer
 from lavish.processors.tokenizers import LLAMA3_SPECIAL_TOKENS, SentencePieceTokenizer, encode_plain, load_tokenizer
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -165,7 +166,7 @@ def test_no_tokenizer(tmp_path):
         ("tokenizer.model", b"IQ== 0\nIg==\n", "line 2: expected 'base64 rank'"),
         ("tokenizer.model", b"IQ== 0\n!! 1\n", "line 2: expected 'base64 rank'"),
         ("tokenizer.model", b"IQ== 0\nIg== 7\n", "the 2 ranks are not 0 to 1"),
-        ("tokenizer.json", b'{"version": ', "tokenizer.json is not valid JSON"),
+        ("tokenizer.json", b'{"version": ', "tokenizer.json is not a JSON object \\(11 bytes, it may be cut\\)"),
     ],
 )
 def test_damaged_files(tmp_path, name, content, says):
@@ -177,3 +178,14 @@ def test_damaged_files(tmp_path, name, content, says):
 def test_tiktoken_ranks_of_another_model(tiktoken_folder):
     with pytest.raises(CheckpointError, match="holds 448 ranks and the model has 32000 ids"):
         load_tokenizer(tiktoken_folder, vocab_size=32000)
+
+
+def test_tokenizer_of_the_drawn_world(tmp_path):
+    save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
+    for text in [*TEXTS, "".join(tokenizer.all_special_tokens), "Where is the red circle? [[012,345,678,901]]"]:
+        ids = encode_plain(tokenizer, text)
+        assert not {0, 1, 2} & set(ids)
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([1, *encode_plain(tokenizer, "🙂")[:2]], skip_special_tokens=True) == "�"

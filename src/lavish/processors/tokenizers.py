@@ -132,12 +132,11 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _from_tokenizer_json(path: Path) -> PreTrainedTokenizerBase:
-    text = path.read_text(encoding="utf-8")
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-    return _fast(Tokenizer.from_str(text), path.parent)
+    text = path.read_bytes().strip()
+    # Parsing 9 MB twice would cost half a second: look at both ends, which tells a cut download and an error page.
+    if not (text.startswith(b"{") and text.endswith(b"}")):
+        raise CheckpointError(f"{path} is not a JSON object ({len(text)} bytes, it may be cut); fetch it again.")
+    return _fast(path.parent, tokenizer_file=str(path))
 
 
 def _from_tiktoken(path: Path, vocab_size: int | None) -> PreTrainedTokenizerBase:
@@ -170,16 +169,17 @@ def _from_tiktoken(path: Path, vocab_size: int | None) -> PreTrainedTokenizerBas
     backend.post_processor = processors.TemplateProcessing(
         single=f"{special[0]} $A", pair=f"{special[0]} $A {special[0]} $B", special_tokens=[(special[0], len(ranks))]
     )
-    return _fast(backend, path.parent, {"bos_token": special[0], "eos_token": special[1]})
+    return _fast(path.parent, tokenizer_object=backend, bos_token=special[0], eos_token=special[1])
 
 
-def _fast(backend: Tokenizer, folder: Path, names: dict[str, str] | None = None) -> PreTrainedTokenizerBase:
+def _fast(folder: Path, **known: Any) -> PreTrainedTokenizerBase:
+    """Make the transformers tokenizer; the names of special tokens in tokenizer_config.json come before `known`."""
     config = _tokenizer_config(folder)
-    tokens = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    known = {**(names or {}), **{name: token for name, token in tokens.items() if token is not None}}
+    named = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    known.update({name: token for name, token in named.items() if token is not None})
     # Llama-3's file says clean_up_tokenization_spaces; it would delete spaces before punctuation, so decoding would not
     # be exact.
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **known)
+    return PreTrainedTokenizerFast(clean_up_tokenization_spaces=False, **known)
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
