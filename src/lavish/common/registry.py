@@ -1,0 +1,196 @@
+"""The registry: names of models, processors, dataset builders, tasks and runners, and the classes behind them.
+
+What is built in stands in `BUILT_IN` as "module:Class" and is imported when it is first asked for. The decorators are
+for what a user adds from a module of their own; method names are those of LAVIS. Unlike there a name that is unknown
+raises, with the nearest known one, and nothing registers itself by being imported.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lavish.common.errors import ConfigError, did_you_mean
+
+Class = TypeVar("Class", bound=type)
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "model": {"cogvlm": "lavish.models.cogvlm.model:CogVLMForCausalLM"},
+    "processor": {},
+    "builder": {},
+    "task": {"scenes": "lavish.tasks.scenes:ScenesTask"},
+    "runner": {
+        "runner_base": "lavish.runners.runner_base:RunnerBase",
+        "runner_iter": "lavish.runners.runner_iter:RunnerIter",
+    },
+}
+
+BASES: dict[str, str] = {
+    "model": "torch.nn:Module",
+    "task": "lavish.tasks.base_task:BaseTask",
+    "runner": "lavish.runners.runner_base:RunnerBase",
+}
+"""What a class of a kind has to inherit from; a kind that is not listed takes any class."""
+
+
+def load_class(target: str) -> type:
+    """Import the class that "module:Class" names."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
+
+
+@dataclass
+class Kind:
+    """The names of one kind: a class, or the "module:Class" that is imported on first use."""
+
+    name: str
+    entries: dict[str, type | str] = field(default_factory=dict)
+    base: str | None = None
+    """ "module:Class" that every class of this kind inherits from."""
+
+    def register(self, name: str) -> Callable[[Class], Class]:
+        """Give the decorator that enters a class under `name`.
+
+        Raises: ConfigError when the name is taken, is no text, or the class does not inherit from the kind's base.
+        """
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"A {self.name} is registered under a name: @registry.register_{self.name}('my_name').")
+
+        def decorate(cls: Class) -> Class:
+            if name in self.entries:
+                raise ConfigError(
+                    f"The {self.name} name {name!r} is taken by {_describe(self.entries[name])}; "
+                    f"register {_describe(cls)} under another name."
+                )
+            if not isinstance(cls, type):
+                raise ConfigError(f"Only a class can be registered as {self.name} {name!r}, not {cls!r}.")
+            if self.base is not None and not issubclass(cls, load_class(self.base)):
+                raise ConfigError(
+                    f"{_describe(cls)} cannot be the {self.name} {name!r}: it does not inherit from {self.base}."
+                )
+            self.entries[name] = cls
+            return cls
+
+        return decorate
+
+    def get(self, name: str) -> type:
+        """Give the class registered under `name`, importing it if it is built in.
+
+        Raises: ConfigError when there is none.
+        """
+        if name not in self.entries:
+            known = ", ".join(sorted(self.entries)) or f"none yet (@registry.register_{self.name} adds one)"
+            raise ConfigError(
+                f"No {self.name} is named {name!r}.{did_you_mean(str(name), self.entries)} Registered: {known}."
+            )
+        entry = self.entries[name]
+        if isinstance(entry, str):
+            entry = self.entries[name] = load_class(entry)
+        return entry
+
+
+def _describe(entry: Any) -> str:
+    if isinstance(entry, str):
+        return entry
+    return f"{entry.__module__}:{entry.__qualname__}" if isinstance(entry, type) else repr(entry)
+
+
+class Registry:
+    """Names by kind, plus paths and objects that a program shares. `registry` is the one that lavish uses."""
+
+    def __init__(self, built_in: dict[str, dict[str, str]] | None = None, bases: dict[str, str] | None = None) -> None:
+        """`built_in` maps kinds to tables of "module:Class"; `bases` maps kinds to the base of their classes."""
+        tables, bases = built_in or {}, bases or {}
+        self._kinds = {name: Kind(name, dict(tables.get(name, {})), bases.get(name)) for name in BUILT_IN}
+        self._paths: dict[str, str] = {}
+        self._objects: dict[str, Any] = {}
+
+    def register_model(self, name: str) -> Callable[[Class], Class]:
+        """Decorate a model class to enter it under `name`."""
+        return self._kinds["model"].register(name)
+
+    def register_processor(self, name: str) -> Callable[[Class], Class]:
+        """Decorate a processor class to enter it under `name`."""
+        return self._kinds["processor"].register(name)
+
+    def register_builder(self, name: str) -> Callable[[Class], Class]:
+        """Decorate a dataset builder class to enter it under `name`."""
+        return self._kinds["builder"].register(name)
+
+    def register_task(self, name: str) -> Callable[[Class], Class]:
+        """Decorate a task class to enter it under `name`."""
+        return self._kinds["task"].register(name)
+
+    def register_runner(self, name: str) -> Callable[[Class], Class]:
+        """Decorate a runner class to enter it under `name`."""
+        return self._kinds["runner"].register(name)
+
+    def get_model_class(self, name: str) -> Any:
+        """Give the model class of a name; unknown names raise ConfigError."""
+        return self._kinds["model"].get(name)
+
+    def get_processor_class(self, name: str) -> Any:
+        """Give the processor class of a name; unknown names raise ConfigError."""
+        return self._kinds["processor"].get(name)
+
+    def get_builder_class(self, name: str) -> Any:
+        """Give the dataset builder class of a name; unknown names raise ConfigError."""
+        return self._kinds["builder"].get(name)
+
+    def get_task_class(self, name: str) -> Any:
+        """Give the task class of a name; unknown names raise ConfigError."""
+        return self._kinds["task"].get(name)
+
+    def get_runner_class(self, name: str) -> Any:
+        """Give the runner class of a name; unknown names raise ConfigError."""
+        return self._kinds["runner"].get(name)
+
+    def list_models(self) -> list[str]:
+        """Give the sorted model names."""
+        return sorted(self._kinds["model"].entries)
+
+    def list_processors(self) -> list[str]:
+        """Give the sorted processor names."""
+        return sorted(self._kinds["processor"].entries)
+
+    def list_datasets(self) -> list[str]:
+        """Give the sorted names of dataset builders."""
+        return sorted(self._kinds["builder"].entries)
+
+    def list_tasks(self) -> list[str]:
+        """Give the sorted task names."""
+        return sorted(self._kinds["task"].entries)
+
+    def list_runners(self) -> list[str]:
+        """Give the sorted runner names."""
+        return sorted(self._kinds["runner"].entries)
+
+    def register_path(self, name: str, path: str | Path) -> None:
+        """Enter a path under a name. Raises ConfigError when the name is taken."""
+        if name in self._paths:
+            raise ConfigError(f"The path name {name!r} is taken by {self._paths[name]}.")
+        self._paths[name] = str(path)
+
+    def get_path(self, name: str) -> str:
+        """Give the path of a name; unknown names raise ConfigError."""
+        if name not in self._paths:
+            known = ", ".join(sorted(self._paths)) or "none yet"
+            raise ConfigError(f"No path is named {name!r}.{did_you_mean(name, self._paths)} Registered: {known}.")
+        return self._paths[name]
+
+    def register(self, name: str, value: Any) -> None:
+        """Enter any object under a name, replacing the one that was there, as in LAVIS."""
+        self._objects[name] = value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Give the object entered under a name, or `default`."""
+        return self._objects.get(name, default)
+
+    def unregister(self, name: str) -> Any:
+        """Take out the object entered under a name and give it, or None."""
+        return self._objects.pop(name, None)
+
+
+registry = Registry(BUILT_IN, BASES)
+registry.register_path("library_root", Path(__file__).resolve().parents[1])
