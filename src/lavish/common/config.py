@@ -142,7 +142,8 @@ def check(config: "DictConfig | Mapping[str, Any]", schema: type[Schema], sectio
     try:
         plain = OmegaConf.to_container(OmegaConf.create(_plain(config)), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{section or 'The config'}: {_first_line(error)}.") from error
+        key = ".".join(part for part in (section, error.full_key) if part) or "The config"
+        raise ConfigError(f"{key}: {_first_line(error)}.") from error
     layers = _layers(config)
 
     def source(key: str) -> str:
@@ -192,7 +193,9 @@ def _plain(config: Any) -> Any:
 
 def _layers(config: Any) -> list[Layer]:
     """Give the labelled layers that a config was merged from; a mapping or a copy made by OmegaConf has none."""
-    return [] if isinstance(config, dict) else vars(config).get("_lavish_layers", [])
+    from omegaconf import Container
+
+    return vars(config).get("_lavish_layers", []) if isinstance(config, Container) else []
 
 
 def _overlay(base: Any, layer: Any, key: str) -> Any:
@@ -297,9 +300,8 @@ class Config:
     def check(self, section: str, schema: type[Schema]) -> Schema:
         """Give the instance of the dataclass `schema` that a section describes; see the function `check`."""
         values = self._section(section)
-        object.__setattr__(
-            values, "_lavish_layers", [(name, layer.get(section)) for name, layer in _layers(self.config)]
-        )
+        layers = [(name, layer.get(section)) for name, layer in _layers(self.config)]
+        object.__setattr__(values, "_lavish_layers", layers)
         return check(values, schema, section)
 
     def get_config(self) -> "DictConfig":

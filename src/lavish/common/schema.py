@@ -26,7 +26,8 @@ class FieldHelp(NamedTuple):
 
     key: str
     type: str
-    default: str
+    default: str | None
+    """None: the field must be given."""
     help: str
 
 
@@ -211,21 +212,21 @@ def help_text(schema: type, section: str = "") -> str:
     """Give the fields of a schema as indented lines for `--help`."""
     lines: list[str] = []
     for entry in field_help(schema, section):
-        lines.append(f"{entry.key}  {entry.type}{f' = {entry.default}' if entry.default else ', needed'}")
+        lines.append(f"{entry.key}  {entry.type}{', needed' if entry.default is None else f' = {entry.default}'}")
         if entry.help:
             lines.append(textwrap.indent(textwrap.fill(" ".join(entry.help.split()), 100), "    "))
     return "\n".join(lines)
 
 
-def _default(field: Field[Any]) -> str:
+def _default(field: Field[Any]) -> str | None:
     value = field.default_factory() if field.default_factory is not MISSING else field.default
     if value is MISSING:
-        return ""
+        return None
     if value is None:
         return "null"
     if isinstance(value, Enum):
         return value.name
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value) or "''"
 
 
 def _field_docs(schema: type) -> dict[str, str]:
