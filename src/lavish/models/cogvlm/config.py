@@ -4,9 +4,10 @@ The fields keep the spelling of the released config.json; `attribute_map` gives 
 has no `model_type` and keeps the rotary base in its code, so both are filled in here.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 
 from lavish.common.errors import ConfigError, did_you_mean
 
@@ -35,13 +36,17 @@ class CogVLMVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        num_positions = (self.image_size // self.patch_size) ** 2 + 1
+        num_positions = self.num_patches + 1
         if self.num_positions is None:
             self.num_positions = num_positions
         _check("vision_config.num_positions", self.num_positions, num_positions, "(image_size // patch_size)^2 + 1")
         _check("vision_config.hidden_act", self.hidden_act, "gelu", "the exact GELU is the only one released")
         _check("vision_config.hidden_size % num_heads", self.hidden_size % self.num_heads, 0, "heads of equal width")
         super().__post_init__(**kwargs)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
 
 
 class CogVLMConfig(PreTrainedConfig):
@@ -53,7 +58,7 @@ class CogVLMConfig(PreTrainedConfig):
 
     model_type = "cogvlm"
     attribute_map = {"num_key_value_heads": "num_multi_query_heads"}
-    sub_configs_defaults = {"vision_config": CogVLMVisionConfig}
+    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=CogVLMVisionConfig)}
     keys_to_ignore_at_inference = ["past_key_values", "rope_deltas"]
 
     vocab_size: int = 32000
@@ -95,14 +100,23 @@ class CogVLMConfig(PreTrainedConfig):
         return 1 if self.num_multi_query_heads is None else 2
 
     @property
+    def tower(self) -> CogVLMVisionConfig:
+        """`vision_config`, which is a config as soon as this one is made."""
+        return cast(CogVLMVisionConfig, self.vision_config)
+
+    @property
+    def rotary_base(self) -> float:
+        """`rope_theta`, or the version's own where a caller set it to None."""
+        return float(self.rope_theta or ROPE_THETA[self.version])
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_image_tokens(self) -> int:
         """Cache slots of one image: boi, the (in v2 merged) patches, eoi."""
-        vision = self.vision_config
-        grid = vision.image_size // vision.patch_size
+        grid = self.tower.image_size // self.tower.patch_size
         return (grid if self.version == 1 else grid // 2) ** 2 + 2
 
     def to_dict(self):
@@ -137,9 +151,9 @@ def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
         overrides: fields to replace, on-disk spelling or standard; unknown ones raise.
     Raises: ConfigError.
     """
-    vision = config.get("vision_config")
     absent = [key for key in REQUIRED if key not in config]
-    absent += [f"vision_config.{key}" for key in REQUIRED_VISION if isinstance(vision, dict) and key not in vision]
+    vision = dict(config.get("vision_config") or {})
+    absent += [f"vision_config.{key}" for key in REQUIRED_VISION if vision and key not in vision]
     if absent:
         raise ConfigError(
             f"{where}: a CogVLM config needs {len(REQUIRED) + len(REQUIRED_VISION)} sizes and lacks "
@@ -153,4 +167,4 @@ def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "vision_config")}
     if isinstance(renamed.get("vision_config"), dict):
         renamed["vision_config"] = {**vision, **renamed["vision_config"]}
-    return CogVLMConfig(**{**fields, "vision_config": dict(vision), **renamed})
+    return CogVLMConfig(**{**fields, "vision_config": vision, **renamed})

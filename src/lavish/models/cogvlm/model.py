@@ -155,7 +155,7 @@ class VisionExpertAttention(nn.Module):
         self.num_heads, self.head_dim, self.layer_idx = config.num_attention_heads, config.head_dim, layer_idx
         self.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
         hidden_size, out = config.hidden_size, (self.num_heads + 2 * self.num_key_value_heads) * config.head_dim
-        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta)
+        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rotary_base)
         self.vision_expert_query_key_value = nn.Linear(hidden_size, out, bias=config.version == 2)
         self.vision_expert_dense = nn.Linear(hidden_size, hidden_size, bias=False)
         self.language_expert_query_key_value = nn.Linear(hidden_size, out, bias=False)
@@ -240,7 +240,7 @@ class CogVLMModel(nn.Module):
 
     def __init__(self, config: CogVLMConfig):
         super().__init__()
-        vision = config.vision_config
+        vision = config.tower
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
@@ -248,11 +248,11 @@ class CogVLMModel(nn.Module):
         self.vision = EVA2CLIPModel(
             image_size=vision.image_size,
             patch_size=vision.patch_size,
-            num_channels=vision.num_channels,
-            num_positions=vision.num_positions,
+            num_channels=vision.in_channels,
+            num_positions=vision.num_patches + 1,
             hidden_size=vision.hidden_size,
             num_hidden_layers=vision.num_hidden_layers,
-            num_attention_heads=vision.num_attention_heads,
+            num_attention_heads=vision.num_heads,
             intermediate_size=vision.intermediate_size,
             layer_norm_eps=vision.layer_norm_eps,
             out_size=config.hidden_size,
@@ -283,10 +283,10 @@ class CogVLMModel(nn.Module):
 
     def rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Give cos and sin of the positions, (batch, seq, 1, head_dim / 2), by the config's `rope`."""
-        inv_freq = self.layers[0].self_attn.rotary_emb.inv_freq
+        inv_freq = self.get_buffer("layers.0.self_attn.rotary_emb.inv_freq")
         if self.config.rope == "float32":
             exponent = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=inv_freq.device)
-            inv_freq = 1.0 / (self.config.rope_theta ** (exponent / self.config.head_dim))
+            inv_freq = 1.0 / (self.config.rotary_base ** (exponent / self.config.head_dim))
         cos, sin = rotary_table(position_ids, inv_freq)
         return cos[:, :, None], sin[:, :, None]
 
@@ -316,7 +316,7 @@ class CogVLMModel(nn.Module):
         rows, seq = inputs_embeds.shape[:2]
         cos, sin = self.rotary(position_ids)
         mask, is_causal, is_prefill = self._mask(attention_mask, rows, seq, past_key_values, inputs_embeds.device)
-        attending = Attending(routing, mask, is_causal, is_prefill, self.config._attn_implementation)
+        attending = Attending(routing, mask, is_causal, is_prefill, self.config._attn_implementation or "sdpa")
         is_last_only = is_last_only and seq > 1
         language, vision = routing.split(inputs_embeds)
         for index, layer in enumerate(self.layers):
@@ -349,7 +349,7 @@ class CogVLMModel(nn.Module):
         is_static = past_key_values is not None and past_key_values.is_compileable
         if attention_mask is None and (is_prefill or (seq == 1 and not is_static)):
             return None, seq > 1, is_prefill
-        keys = seq if is_prefill else past_key_values.get_mask_sizes(seq, 0)[0]
+        keys = seq if past_key_values is None or is_prefill else past_key_values.get_mask_sizes(seq, 0)[0]
         query_index = torch.arange(seq, device=device)[:, None] + past
         key_index = torch.arange(keys, device=device)
         mask = (key_index <= query_index)[None, None]  # (1, 1, seq, keys)
@@ -390,7 +390,7 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = CogVLMConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer", "TransformerLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -409,15 +409,15 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, RotaryEmbedding):
             inv_freq = reference_inv_freq(module.head_dim, module.base, module.inv_freq.dtype)
             init.copy_(module.inv_freq, inv_freq.to(module.inv_freq.device))
-        for name in ("boi", "eoi", "cls_embedding"):
-            if name in module._parameters:
-                init.normal_(module._parameters[name], mean=0.0, std=self.config.initializer_range)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in ("boi", "eoi", "cls_embedding"):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Give the rows that replace an image's slots. (images, 3, S, S) -> (images, num_image_tokens, hidden)."""
         vision = self.model.vision
         pixel_values = pixel_values.to(vision.boi.device, vision.boi.dtype)
-        return vision(pixel_values, self.config._attn_implementation)
+        return vision(pixel_values, self.config._attn_implementation or "sdpa")
 
     def forward(
         self,
@@ -459,14 +459,13 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         plan = self._plan(input_ids, inputs_embeds, past_key_values, rope_deltas, attention_mask, token_type_ids)
-        if inputs_embeds is None:
-            inputs_embeds = self.model.embed_tokens(input_ids)
+        hidden_states = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         image_features = self._features(plan, pixel_values, image_features)
-        if image_features is not None:
-            inputs_embeds = self.model.place(inputs_embeds, plan.is_image_slot, image_features)
+        if image_features is not None and plan.is_image_slot is not None:
+            hidden_states = self.model.place(hidden_states, plan.is_image_slot, image_features)
         all_hidden_states = [] if output_hidden_states else None
         hidden_states = self.model(
-            inputs_embeds,
+            hidden_states,
             plan.position_ids,
             None if plan.is_unpadded else attention_mask,
             plan.routing,
@@ -475,7 +474,8 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
             is_last_only=logits_to_keep == 1 and labels is None and not output_hidden_states,
         )
         if past_key_values is not None and plan.is_prefill:
-            past_key_values.rope_deltas = plan.rope_deltas  # state of the call: it lives and dies with its cache
+            # State of the call: it lives and dies with its cache, never on the module.
+            past_key_values.rope_deltas = plan.rope_deltas  # pyright: ignore[reportAttributeAccessIssue]
         logits = self.lm_head(hidden_states[:, -logits_to_keep:] if labels is None else hidden_states).float()
         output = CogVLMOutputWithPast(
             loss=None if labels is None else causal_loss(logits, labels),
@@ -541,7 +541,7 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
         **kwargs,  # the rest of transformers' generation arguments, passed on by name
     ):
         """As transformers', except: no position_ids, and a prefill gets whole token_type_ids and its plain 2D mask."""
-        model_inputs = super().prepare_inputs_for_generation(
+        model_inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -572,7 +572,7 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
         if token_type_ids is not None:
             model_kwargs["token_type_ids"] = F.pad(token_type_ids, (0, num_new_tokens), value=0)
         if model_kwargs.get("use_cache", True):
-            model_kwargs["rope_deltas"] = outputs.rope_deltas
+            model_kwargs["rope_deltas"] = outputs["rope_deltas"]
         return model_kwargs
 
 

@@ -164,8 +164,9 @@ def prefill_plan(
     rows, seq = tokens.shape[:2]
     if token_type_ids is None:
         token_type_ids = torch.zeros(rows, seq, dtype=torch.long, device=tokens.device)
-    is_mask_2d = attention_mask is not None and attention_mask.ndim == 2
-    mask = attention_mask if is_mask_2d else torch.ones(rows, past + seq, dtype=torch.long, device=tokens.device)
+    mask, is_mask_2d = attention_mask, attention_mask is not None and attention_mask.ndim == 2
+    if mask is None or not is_mask_2d:
+        mask = torch.ones(rows, past + seq, dtype=torch.long, device=tokens.device)
     _check_shape("token_type_ids", token_type_ids, rows, seq, past, allowed=((rows, seq), (rows, past + seq)))
     _check_shape("attention_mask", mask, rows, seq, past, allowed=((rows, past + seq),))
 
