@@ -193,7 +193,7 @@ def _read_url(url: str, limits: MediaLimits, allow_urls: bool, fetcher: Fetcher 
     fetcher = fetcher or Fetcher(max_bytes=limits.max_image_bytes, timeout_s=limits.timeout_s)
     encoded = fetcher.fetch(url)
     label = f"the image at {shown_url(url)!r}"
-    _check_bytes(len(encoded), label.capitalize(), limits)
+    _check_bytes(len(encoded), _capital(label), limits)
     return encoded, label
 
 
