@@ -77,7 +77,9 @@ def read_tree(file: Path) -> Any:
         with zipfile.ZipFile(file) as archive:
             records = _records(file, archive)
             pickle_bytes = archive.read(records["data.pkl"])
-    except zipfile.BadZipFile as error:
+    except CheckpointError:
+        raise
+    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error) as error:  # what zipfile raises
         raise CheckpointError(
             f"{file}: not a torch zip file ({error}): cut off while it was fetched, or saved by torch before 1.6. "
             "In the second case save it as safetensors with the torch that made it, on a machine where you trust "
@@ -93,6 +95,8 @@ def _records(file: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
         record = entry.filename.partition("/")[2]
         if record in records:
             raise CheckpointError(f"{file}: the zip file holds {entry.filename!r} twice.")
+        if not 0 <= entry.header_offset < file.stat().st_size:
+            raise CheckpointError(f"{file}: places {entry.filename!r} outside of the file; fetch it again.")
         records[record] = entry
     if "data.pkl" not in records:
         raise CheckpointError(f"{file}: a zip file, but not one of torch: it holds no data.pkl.")
