@@ -35,9 +35,9 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
         CheckpointError: the repository cannot be fetched now and is not in the cache.
         MissingDependency: `modelscope:` without the modelscope client.
     """
-    if Path(name_or_path).exists():
-        return Path(name_or_path)
     name = str(name_or_path)
+    if name and Path(name).exists():
+        return Path(name)
     repo_id, _, wanted = name.removeprefix(MODELSCOPE).partition("@")
     if isinstance(name_or_path, Path) or not _ID.fullmatch(repo_id):
         raise ConfigError(
