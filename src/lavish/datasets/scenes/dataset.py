@@ -5,6 +5,7 @@ the other, each a segment of its own: a token sees the image and its own segment
 is a question with up to two past turns before it; its last answer is what is learnt.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,14 +14,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from lavish.datasets.scenes.phrases import NO_PICTURE
 from lavish.datasets.scenes.questions import Question, ask
 from lavish.datasets.scenes.tokenizer import build_tokenizer
-from lavish.datasets.scenes.world import dense_labels, draw, sample_scene
+from lavish.datasets.scenes.world import Scene, dense_labels, draw, sample_scene
 from lavish.models.cogvlm.processor import TEMPLATES
+from lavish.processors.pixels import resize_two_pass
 
 IGNORED = -100
 FIRST_TEXT_POSITION = 4  # bos 0, boi 1, every patch 2, eoi 3 (facts of the CogVLM position rule)
-NO_PICTURE = {"en": "I need a picture to answer that.", "zh": "我需要一张图片。"}
 DENSE_LABELS = ("shape", "colour", "size", "digit", "digit_index", "number_length", "background", "box", "number_box")
 
 
@@ -37,7 +39,7 @@ class SceneDataset(Dataset):
     """An endless stream of drawn scenes: sample `i` is a function of (seed, i) alone.
 
     Args of the constructor: `num_samples` per epoch; `image_size` and `grid` (patches per side) of the network; `num_conversations` packed
-    behind each picture; `num_image_tokens` slots of the image, boi and eoi included; the ids of bos, eos and pad; the share of follow-up
+    behind each picture, as many as fit in `max_text_tokens`; `num_image_tokens` slots of the image, boi and eoi included; the ids of bos, eos and pad; the share of follow-up
     turns and of questions asked without a picture; `scene`, keyword arguments of `sample_scene`; `with_text=False` leaves the text out.
     """
 
@@ -50,21 +52,23 @@ class SceneDataset(Dataset):
         grid: int,
         num_image_tokens: int,
         num_conversations: int,
+        max_text_tokens: int,
         bos_token_id: int,
         eos_token_id: int,
         pad_token_id: int,
         follow_up_share: float = 0.12,
         no_picture_share: float = 0.02,
         scene: dict[str, Any] | None = None,
+        picture_sizes: Sequence[int] = (),
         with_picture: bool = True,
         with_text: bool = True,
     ):
         self.num_samples, self.seed = num_samples, seed
         self.image_size, self.grid, self.num_image_tokens = image_size, grid, num_image_tokens
-        self.num_conversations = num_conversations
+        self.num_conversations, self.max_text_tokens = num_conversations, max_text_tokens
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.follow_up_share, self.no_picture_share = follow_up_share, no_picture_share
-        self.scene = scene or {}
+        self.scene, self.picture_sizes = scene or {}, tuple(picture_sizes) or (image_size,)
         self.with_picture, self.with_text = with_picture, with_text
         self.tokenizer = build_tokenizer()
         self._encode = lru_cache(maxsize=20_000)(self._encode_uncached)
@@ -80,10 +84,15 @@ class SceneDataset(Dataset):
         scene = sample_scene(rng, **self.scene)
         sample: dict[str, Any] = {"dense_labels": dense_labels(scene, self.grid)}
         if self.with_picture:
-            sample["image"] = np.asarray(draw(scene, self.image_size))
+            sample["image"] = self._picture(scene, index)
         if self.with_text:
             sample["segments"] = self._segments(ask(scene, rng, self.num_conversations), rng)
         return sample
+
+    def _picture(self, scene: Scene, index: int) -> np.ndarray:
+        """Draw at one of the sizes and resize as the processor does."""
+        picture = draw(scene, self.picture_sizes[index % len(self.picture_sizes)])
+        return np.asarray(resize_two_pass(picture, (self.image_size, self.image_size)))
 
     def _segments(self, questions: list[Question], rng: np.random.Generator) -> list[Segment]:
         segments, turns = [], []
@@ -97,7 +106,16 @@ class SceneDataset(Dataset):
                 turns = []
         if turns:
             segments.append(self._segment(turns, rng))
-        return segments
+        return self._fit(segments)
+
+    def _fit(self, segments: list[Segment]) -> list[Segment]:
+        """Take segments in their order as long as they fit in the row; at least one."""
+        taken, room = [], self.max_text_tokens
+        for segment in segments:
+            if len(segment.input_ids) <= room or not taken:
+                taken.append(segment)
+                room -= len(segment.input_ids)
+        return taken
 
     def _segment(self, turns: list[Question], rng: np.random.Generator) -> Segment:
         """Encode past turns and the question as one text, as the processor does, then the last answer on its own."""

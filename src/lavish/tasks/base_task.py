@@ -1,0 +1,39 @@
+"""What every task offers to the runners: model and data that a recipe names, one training step, evaluation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+from torch.utils.data import Dataset
+
+
+class BaseTask:
+    """Base of the tasks: a subclass gives `setup_task`, `build_model`, `build_datasets`, and what it does differently."""
+
+    @classmethod
+    def setup_task(cls, config: DictConfig) -> "BaseTask":
+        """Build the task from a merged recipe; wrong settings raise here, before anything heavy starts."""
+        return cls()
+
+    def build_model(self) -> nn.Module:
+        """Build the module to train."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its model is built; override build_model().")
+
+    def build_datasets(self) -> dict[str, Dataset]:
+        """Build the datasets by split; each has a `collater(samples) -> batch`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it trains on; override build_datasets().")
+
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
+        """Compute the losses of one batch; `loss` is the one that is minimised, the others are logged."""
+        return model(samples)
+
+    def finish(self, model: nn.Module, folder: Path) -> None:
+        """Write what a finished run leaves besides its checkpoints; nothing, unless a task has more to give."""
+
+    def evaluation(
+        self, vlm: Any, folder: Path, batch_size: int, progress: Callable[[int, int], None]
+    ) -> dict[str, Any]:
+        """Score a loaded model, write its answers into `folder` and give the summary; `progress(done, total)`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot score a model; use a task that can, such as 'scenes'.")

@@ -1,0 +1,176 @@
+"""What the pocket model is trained with besides itself: dense read-outs of the tower, and a code that stands in for it.
+
+Three stages, each a run of its own (see `scenes.py`).
+`tower`: the vision tower alone, on dense labels of the drawing (what stands under each patch). `decoder`: merge, projector and decoder
+alone, on text, with the tower replaced by a fixed linear code of the true labels: binding is learnt without waiting for perception, and
+at no tower cost. The tower stage also learns to give that code, so the two halves meet. `joint`: everything, on text, with the dense labels
+kept as an auxiliary loss.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lavish.datasets.scenes.dataset import IGNORED, packed_attention_mask
+from lavish.models.cogvlm.model import CogVLMForCausalLM, ExpertRouting
+from lavish.processors.pixels import CLIP_MEAN, CLIP_STD
+
+CLASSES = {"shape": 7, "colour": 8, "size": 4, "digit": 11, "digit_index": 5, "number_length": 5, "background": 4}
+BOXES = ("box", "number_box")
+BOX_FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
+CODE_SIZE = sum(CLASSES.values()) + len(BOXES) * 4 * 2 * len(BOX_FREQUENCIES)
+CODE_GAIN = 4.0
+STAGES = ("tower", "decoder", "joint")
+
+
+def label_code(labels: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Encode the dense labels of each patch: one-hot classes and sines of the box edges. Shape: (batch, patches, CODE_SIZE)."""
+    parts = [F.one_hot(labels[name], size).float() for name, size in CLASSES.items()]
+    for name in BOXES:
+        box = labels[name]  # (batch, patches, 4), zeros where there is none
+        present = (box.abs().sum(-1, keepdim=True) > 0).float()
+        for frequency in BOX_FREQUENCIES:
+            angle = 2 * math.pi * frequency * box
+            parts += [0.7 * present * angle.sin(), 0.7 * present * angle.cos()]
+    return torch.cat(parts, dim=-1)
+
+
+class DenseHeads(nn.Module):
+    """Linear read-outs of the tower: a class head per label and one head for the box edges."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.classes = nn.ModuleDict({name: nn.Linear(hidden_size, size) for name, size in CLASSES.items()})
+        self.boxes = nn.ModuleDict({name: nn.Linear(hidden_size, 4) for name in BOXES})
+
+    def forward(self, vision_hidden_states: torch.Tensor, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give the losses by label and the shares of right classes on labelled patches (names that start with `right_`)."""
+        out: dict[str, torch.Tensor] = {}
+        for name, head in self.classes.items():
+            logits, target = head(vision_hidden_states).flatten(0, 1).float(), labels[name].flatten()
+            losses = F.cross_entropy(logits, target, reduction="none")
+            labelled = (target > 0).float()
+            num_labelled = labelled.sum().clamp(min=1)
+            on_labelled = (losses * labelled).sum() / num_labelled
+            out[f"loss_{name}"] = 0.5 * losses.mean() + 0.5 * on_labelled
+            out[f"right_{name}"] = ((logits.argmax(-1) == target).float() * labelled).sum().detach() / num_labelled
+        for name, head in self.boxes.items():
+            target = labels[name]
+            present = (target.abs().sum(-1, keepdim=True) > 0).float()
+            error = (head(vision_hidden_states).float() - target).abs() * present
+            out[f"loss_{name}"] = error.sum() / present.sum().clamp(min=1)
+        return out
+
+
+class SceneLearner(nn.Module):
+    """The network with what only training needs: dense heads and the fixed code that stands in for the tower.
+
+    Args of the constructor: the network; the stage; the share of the dense losses in the joint stage; the noise of the code.
+    """
+
+    def __init__(self, network: CogVLMForCausalLM, stage: str, dense_weight: float = 0.1, code_noise: float = 0.3):
+        super().__init__()
+        self.network, self.stage = network, stage
+        self.dense_weight, self.code_noise = dense_weight, code_noise
+        width = network.config.vision_config.hidden_size
+        self.heads = DenseHeads(width)
+        basis = torch.linalg.qr(torch.randn(width, CODE_SIZE, generator=torch.Generator().manual_seed(0)))[0]
+        self.register_buffer("code_basis", CODE_GAIN * basis.T.contiguous())  # (CODE_SIZE, width)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        tower = [
+            *self.network.model.vision.patch_embedding.parameters(),
+            *self.network.model.vision.transformer.parameters(),
+        ]
+        if self.stage == "tower":
+            self.network.requires_grad_(False)
+            for parameter in tower:
+                parameter.requires_grad_(True)
+        elif self.stage == "decoder":
+            self.heads.requires_grad_(False)
+            for parameter in tower:
+                parameter.requires_grad_(False)
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Give `loss` and its named parts. Samples: what `SceneDataset.collater` makes."""
+        losses: dict[str, torch.Tensor] = {}
+        code = label_code(samples)
+        if self.stage == "decoder":
+            vision_hidden_states = self._noisy_code(code)
+        else:
+            vision_hidden_states = self._tower(normalise(samples["pictures"]))
+            dense = self.heads(vision_hidden_states, samples)
+            losses.update(dense)
+            losses["loss_code"] = F.mse_loss(vision_hidden_states.float(), code @ self.code_basis)
+            dense_loss = sum(value for name, value in dense.items() if name.startswith("loss_")) + losses["loss_code"]
+        if self.stage == "tower":
+            return {"loss": dense_loss, **losses}
+        text_loss, right = self._text_loss(vision_hidden_states, samples)
+        losses["loss_text"], losses["right_text"] = text_loss, right
+        losses["loss"] = text_loss if self.stage == "decoder" else text_loss + self.dense_weight * dense_loss
+        return losses
+
+    def _tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Run the tower alone, without its class row. Shape: (batch, patches, width)."""
+        vision = self.network.model.vision
+        return vision.transformer(vision.patch_embedding(pixel_values))[:, 1:]
+
+    def _project(self, vision_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Merge and project tower rows. Shape: (batch, boi + tokens + eoi, hidden)."""
+        vision = self.network.model.vision
+        grid = vision_hidden_states.transpose(1, 2).unflatten(2, (vision.grid_size, vision.grid_size))
+        patches = vision.linear_proj(vision.conv(grid).flatten(2).transpose(1, 2))
+        boi, eoi = (row.expand(len(patches), -1, -1).to(patches.dtype) for row in (vision.boi, vision.eoi))
+        return torch.cat((boi, patches, eoi), dim=1)
+
+    def _noisy_code(self, code: torch.Tensor) -> torch.Tensor:
+        """Blur the true code as a tower that errs would: Gaussian noise everywhere, and some patches shown as empty."""
+        dropped = torch.rand(code.shape[:2], device=code.device)[..., None] < 0.05
+        vision_hidden_states = code.masked_fill(dropped, 0.0) @ self.code_basis
+        return vision_hidden_states + self.code_noise * torch.randn_like(vision_hidden_states)
+
+    def _text_loss(
+        self, vision_hidden_states: torch.Tensor, samples: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        model = self.network.model
+        image_features = self._project(vision_hidden_states)
+        inputs_embeds = model.embed(samples["input_ids"], samples["token_type_ids"], image_features)
+        hidden_states = model(
+            inputs_embeds=inputs_embeds,
+            position_ids=samples["position_ids"],
+            attention_mask=packed_attention_mask(samples["segment_ids"], samples["sees_image"]),
+            routing=ExpertRouting.from_token_type_ids(samples["token_type_ids"]),
+        )
+        learnt = samples["targets"] != IGNORED
+        logits = self.network.lm_head(hidden_states[learnt]).float()
+        targets = samples["targets"][learnt]
+        right = (logits.argmax(-1) == targets).float().mean()
+        return F.cross_entropy(logits, targets), right.detach()
+
+
+def normalise(pictures: torch.Tensor) -> torch.Tensor:
+    """Turn uint8 pictures (batch, height, width, 3) into pixel values (batch, 3, height, width), CLIP mean and standard deviation."""
+    mean = torch.tensor(CLIP_MEAN, device=pictures.device)
+    std = torch.tensor(CLIP_STD, device=pictures.device)
+    return ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def initialise(network: CogVLMForCausalLM, coordinate_base: int, num_coordinates: int = 1000) -> None:
+    """Draw the starting weights: matrices 1/sqrt(fan_in), and smooth embeddings for the coordinate tokens, so that near values start near."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim >= 2 and "position_embedding" not in name and "embed_tokens" not in name:
+            fan_in = parameter[0].numel()
+            nn.init.trunc_normal_(parameter, std=fan_in**-0.5)
+    nn.init.normal_(network.model.embed_tokens.weight, std=0.5)
+    value = torch.arange(num_coordinates)[:, None] / num_coordinates
+    width = network.config.hidden_size
+    frequency = 0.5 * 2 ** (torch.arange(width // 4) / (width // 4) * 6)
+    waves = torch.cat([(2 * math.pi * frequency * value).sin(), (2 * math.pi * frequency * value).cos()], dim=1)
+    with torch.no_grad():
+        rows = slice(coordinate_base, coordinate_base + num_coordinates)
+        network.model.embed_tokens.weight[rows, : waves.shape[1]] = 0.7 * waves
+        network.lm_head.weight[rows, : waves.shape[1]] = 0.1 * waves
