@@ -16,6 +16,7 @@ from torch import nn
 
 from lavish.datasets.scenes.dataset import IGNORED, packed_attention_mask
 from lavish.models.cogvlm.model import CogVLMForCausalLM, ExpertRouting
+from lavish.nn.eva2_clip import EVA2CLIPModel
 from lavish.processors.pixels import CLIP_MEAN, CLIP_STD
 
 CLASSES = {"shape": 7, "colour": 8, "size": 4, "digit": 11, "digit_index": 5, "number_length": 5, "background": 4}
@@ -160,7 +161,11 @@ def normalise(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def initialise(network: CogVLMForCausalLM, coordinate_base: int, num_coordinates: int = 1000) -> None:
-    """Draw the starting weights: matrices 1/sqrt(fan_in), and smooth embeddings for the coordinate tokens, so that near values start near."""
+    """Draw the starting weights so that little data goes far.
+
+    Matrices 1/sqrt(fan_in); smooth embeddings of the coordinate tokens (near values start near); and a tower whose patches start out
+    attending to near and similar ones: sines of row and column as positions, keys that equal queries (Trockman and Kolter 2023).
+    """
     for name, parameter in network.named_parameters():
         if parameter.ndim >= 2 and "position_embedding" not in name and "embed_tokens" not in name:
             fan_in = parameter[0].numel()
@@ -174,3 +179,19 @@ def initialise(network: CogVLMForCausalLM, coordinate_base: int, num_coordinates
         rows = slice(coordinate_base, coordinate_base + num_coordinates)
         network.model.embed_tokens.weight[rows, : waves.shape[1]] = 0.7 * waves
         network.lm_head.weight[rows, : waves.shape[1]] = 0.1 * waves
+        _initialise_tower(network.model.vision)
+
+
+def _initialise_tower(vision: EVA2CLIPModel) -> None:
+    position = vision.patch_embedding.position_embedding.weight  # (1 + patches, width), class row first
+    grid, num_waves = vision.grid_size, position.shape[1] // 4
+    period = 4 * 14 ** (torch.arange(num_waves) / (num_waves - 1))  # 4 .. 56 patches
+    angle = 2 * math.pi * torch.arange(grid)[:, None] / period
+    waves = torch.cat((angle.sin(), angle.cos()), dim=1)  # (grid, width / 2)
+    by_row, by_column = waves[:, None].expand(-1, grid, -1), waves[None].expand(grid, -1, -1)
+    position.zero_()
+    position[1:, : 4 * num_waves] = torch.cat((by_row, by_column), dim=-1).flatten(0, 1)
+    for layer in vision.transformer.layers:
+        query, key, _ = layer.attention.query_key_value.weight.chunk(3)
+        query.mul_(0.7)
+        key.copy_(query)
