@@ -1,0 +1,184 @@
+"""`lavish inspect`: what a model is, before any of its weights is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lavish.cli.terminal import console, human_bytes, human_count, say
+
+if TYPE_CHECKING:
+    from lavish.cli.inspection import Inspection
+
+SHOWN_PROBLEMS = 8
+INCOMPLETE = 1
+
+
+def command(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A model's folder, or a name or hub id of [bold]lavish zoo[/bold].")
+    ],
+    tree: Annotated[bool, typer.Option("--tree", help="Print the tree of modules with shapes and counts.")] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the config, such as num_hidden_layers=2."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Show what a model is: family, sizes, parts, dtypes, the memory it needs, tensors that are missing or too many.
+
+    Only the config and the headers of the files are read, so that 39 GB take less than a second; nothing is downloaded.
+    The exit status is 1 when the checkpoint is not complete.
+    """
+    overrides: dict[str, Any] = {}
+    if changes:
+        from omegaconf import OmegaConf
+
+        from lavish.common.config import parse_overrides
+
+        overrides = OmegaConf.to_container(parse_overrides(changes), resolve=True)  # pyright: ignore
+    if tree:
+        _print_tree(path, overrides, as_json)
+        return 0
+    from lavish.cli.inspection import look
+
+    seen = look(path, overrides)
+    if as_json:
+        import json
+
+        print(json.dumps(seen.as_dict(), indent=2, ensure_ascii=False, default=str))
+    else:
+        _print(seen)
+    return INCOMPLETE if seen.has_weights and not seen.is_complete else 0
+
+
+def _print_tree(path: str, overrides: dict[str, Any], as_json: bool) -> None:
+    import lavish
+    from lavish.cli.inspection import find
+    from lavish.cli.module_tree import draw_tree, read_tree
+
+    fields, where, folder = find(path)
+    name = path if folder is None else folder
+    root = read_tree(lavish.build(name, device="meta", **overrides))
+    if as_json:
+        import json
+
+        print(json.dumps(root.as_dict(), indent=2))
+        return
+    console().print(draw_tree(root))
+    say(f"{human_count(root.num_parameters)} parameters; config: {where}", style="dim")
+
+
+def _print(seen: Inspection) -> None:
+    shown = console()
+    shown.print(_heading(seen))
+    shown.print()
+    shown.print(_config_table(seen))
+    shown.print()
+    shown.print(_parts_table(seen))
+    shown.print()
+    shown.print(_memory_table(seen))
+    from lavish.cli.inspection import FORMULA
+
+    shown.print(FORMULA, style="dim", markup=False)
+    for note in seen.notes:
+        shown.print(f"\n{note}", style="yellow", markup=False)
+    if seen.has_weights:
+        shown.print()
+        _print_check(seen)
+
+
+def _heading(seen: Inspection) -> Any:
+    from rich.text import Text
+
+    heading = Text(seen.path, style="bold")
+    release = {"cogvlm": f"CogVLM{'' if seen.version == 1 else seen.version}"}.get(seen.family, seen.family)
+    where = (
+        "not on this machine" if seen.layout is None else {"hf": "Hugging Face layout"}.get(seen.layout, seen.layout)
+    )
+    heading.append(f"\n{release}", style="cyan")
+    heading.append(f" · {human_count(seen.num_parameters)} parameters · {human_bytes(seen.num_bytes)} · {where}")
+    if seen.has_weights:
+        heading.append(f" · {seen.files} weight file{'s' if seen.files != 1 else ''}")
+    return heading
+
+
+def _grid(*columns: tuple[str, str]) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for name, side in columns:
+        table.add_column(name, justify="right" if side == "right" else "left", no_wrap=True)
+    return table
+
+
+def _config_table(seen: Inspection) -> Any:
+    sizes, vision = seen.sizes, seen.sizes.vision
+    table = _grid(("config", "left"), ("decoder", "right"), ("vision tower", "right"))
+    rows = [
+        ("layers", sizes.num_hidden_layers, vision["num_hidden_layers"]),
+        ("hidden size", sizes.hidden_size, vision["hidden_size"]),
+        ("intermediate size", sizes.intermediate_size, vision["intermediate_size"]),
+        ("heads", sizes.num_attention_heads, vision["num_heads"]),
+        ("key/value heads", sizes.num_key_value_heads, vision["num_heads"]),
+        ("vocabulary", sizes.vocab_size, ""),
+        ("context, tokens", sizes.max_position_embeddings, ""),
+        ("image, pixels", "", f"{vision['image_size']} x {vision['image_size']}"),
+        ("patches / tokens of an image", sizes.num_image_tokens, sizes.num_patches),
+    ]
+    for name, decoder, tower in rows:
+        table.add_row(name, *(f"{value:,}" if isinstance(value, int) else value for value in (decoder, tower)))
+    return table
+
+
+def _parts_table(seen: Inspection) -> Any:
+    table = _grid(
+        ("part", "left"), ("tensors", "right"), ("parameters", "right"), ("bytes", "right"), ("share", "right")
+    )
+    for part in seen.parts:
+        share = part.num_bytes / max(seen.num_bytes, 1)
+        style = "red" if part.name == "unexpected" else None
+        values = (
+            f"{part.num_tensors:,}",
+            human_count(part.num_parameters),
+            human_bytes(part.num_bytes),
+            f"{share:.1%}",
+        )
+        table.add_row(part.name, *values, style=style)
+    table.add_section()
+    total = sum(part.num_tensors for part in seen.parts)
+    table.add_row("all", f"{total:,}", human_count(seen.num_parameters), human_bytes(seen.num_bytes), "", style="bold")
+    for dtype, count in seen.dtypes.items():
+        table.add_row(f"in {dtype}", "", "", human_bytes(count), f"{count / max(seen.num_bytes, 1):.1%}", style="dim")
+    return table
+
+
+def _memory_table(seen: Inspection) -> Any:
+    table = _grid(("memory, estimated", "left"), ("total", "right"), ("of which", "left"))
+    table.columns[2].no_wrap = False
+    for row in seen.memory:
+        terms = ", ".join(f"{name} {human_bytes(count)}" for name, count in row.terms.items())
+        table.add_row(row.what, human_bytes(row.total), terms)
+    return table
+
+
+def _print_check(seen: Inspection) -> None:
+    shown = console()
+    if seen.is_complete:
+        shown.print("complete: every tensor that the config asks for is there, and no other", style="green")
+        return
+    if seen.absent_files:
+        shown.print(f"{len(seen.absent_files)} weight files are not here: {', '.join(seen.absent_files)}", style="red")
+    for title, names in (
+        ("missing", seen.missing),
+        ("unexpected", seen.unexpected),
+        ("of another shape", seen.misshaped),
+    ):
+        if names:
+            shown.print(f"{len(names)} tensors {title}:", style="bold red")
+            for name in names[:SHOWN_PROBLEMS]:
+                shown.print(f"  {name}", markup=False, soft_wrap=True)
+            if len(names) > SHOWN_PROBLEMS:
+                shown.print(f"  and {len(names) - SHOWN_PROBLEMS} more (--json lists all)", style="dim")

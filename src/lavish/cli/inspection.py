@@ -1,0 +1,310 @@
+"""What can be known of a model before a weight is read: from its config and the headers of its files.
+
+torch is not imported. Printing it is in inspect.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import lavish.models as table
+from lavish.checkpoints import hf, layouts
+from lavish.checkpoints.rules import matches
+from lavish.checkpoints.tensor_map import ITEM_BYTES, TensorInfo, TensorMap
+from lavish.cli.loading import resolve_model
+from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout
+
+LORA_RANK = 16
+TEXT_TOKENS = 512
+"""Tokens of question and answer that the estimate of training memory counts with, beside one image."""
+SAVED_INT8 = "lavish_int8"  # quantization.METHOD; that module imports torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the network: its tensors, their elements and bytes."""
+
+    name: str
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An estimate in bytes; `total` is what it adds up to, `terms` says of what."""
+
+    what: str
+    terms: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.terms.values())
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `lavish inspect` shows."""
+
+    path: str
+    family: str
+    version: int
+    layout: str | None
+    """None: only the config is known, and no file was looked at."""
+    config: dict[str, Any]
+    sizes: Any
+    parts: list[Part]
+    dtypes: dict[str, int]
+    """Bytes by dtype."""
+    files: int
+    absent_files: list[str]
+    has_weights: bool
+    missing: list[str]
+    unexpected: list[str]
+    misshaped: list[str]
+    memory: list[Memory]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(part.num_parameters for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def is_complete(self) -> bool:
+        """True if every tensor that the config asks for is there, and no other."""
+        return not (self.missing or self.unexpected or self.misshaped)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give everything as plain values for JSON."""
+        names = ("path", "family", "version", "layout", "files", "absent_files", "dtypes")
+        problems = ("missing", "unexpected", "misshaped")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "num_parameters": self.num_parameters,
+            "num_bytes": self.num_bytes,
+            "num_image_tokens": self.sizes.num_image_tokens,
+            "parts": [vars(part) for part in self.parts],
+            "memory": [{"what": row.what, "total": row.total, **row.terms} for row in self.memory],
+            "has_weights": self.has_weights,
+            "is_complete": self.has_weights and self.is_complete,
+            **{name: getattr(self, name) for name in problems},
+            "notes": self.notes,
+            "config": self.config,
+        }
+
+
+def look(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Inspection:
+    """Inspect a folder, or the layout of a model of the zoo (its folder in the hub's cache, where it is there).
+
+    Raises:
+        ConfigError: no such folder or name, or a config without its sizes.
+        UnknownLayout, CheckpointError: a folder that is no checkpoint, or a damaged file.
+    """
+    fields, where, folder = find(name_or_path)
+    family = table.family(fields["family"]) if "family" in fields else table.detect_family(fields, where)
+    manifest = import_module(f"{family.package}.manifest")
+    sizes = manifest.read_sizes(fields, where, overrides)
+    expected = {tensor.name: tensor for tensor in _saved(manifest.tensors(sizes), fields)}
+    stored = _read_headers(folder) if folder is not None and not overrides else None
+    kind = str(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    infos = _as_infos(expected, kind if kind in ITEM_BYTES else "bfloat16") if stored is None else stored.infos
+    dtypes: Counter[str] = Counter()
+    for info in infos.values():
+        dtypes[info.dtype] += info.nbytes
+    return Inspection(
+        path=name_or_path if folder is None else str(folder),
+        family=family.name,
+        version=sizes.version,
+        layout=None if folder is None else layouts.detect(folder),
+        config={name: value for name, value in fields.items() if name not in ("family", "auto_map")},
+        sizes=sizes,
+        parts=_parts(infos, expected, manifest.PARTS),
+        dtypes=dict(dtypes.most_common()),
+        files=0 if stored is None else len(stored.files),
+        absent_files=[] if stored is None else list(stored.absent),
+        has_weights=stored is not None,
+        missing=[] if stored is None else [n for n, t in expected.items() if n not in infos and not t.is_optional],
+        unexpected=[name for name in infos if name not in expected],
+        misshaped=[
+            f"{name}: {info.shape} stored, {expected[name].shape} by the config"
+            for name, info in infos.items()
+            if name in expected and info.shape != expected[name].shape
+        ],
+        memory=_memory(sizes, list(expected.values()), infos),
+        notes=_notes(folder, stored, overrides),
+    )
+
+
+def find(name_or_path: str) -> tuple[dict[str, Any], str, Path | None]:
+    """Give the config's fields, where they stand, and the folder, if there is one.
+
+    A hub id is never downloaded: its folder in the hub's cache is taken, else the layout that lavish has of it.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        return read_config(folder), str(folder / "config.json"), folder
+    hub_id, entry = resolve_model(name_or_path)
+    cached = _cached(hub_id) if hub_id is not None and "/" in hub_id else None
+    if cached is not None:
+        return read_config(cached), str(cached / "config.json"), cached
+    if hub_id is None:
+        pocket = Path(str(files("lavish") / "pocket"))
+        return read_config(pocket), str(pocket / "config.json"), pocket
+    if entry is None:
+        raise ConfigError(
+            f"{name_or_path!r}: no such folder, not in the hub's cache, and not in `lavish zoo`. Nothing is downloaded "
+            f"to be inspected: fetch it first (hf download {hub_id})."
+        )
+    where = Path(str(files("lavish") / "configs" / "models" / f"{entry.name}.yaml"))
+    from lavish.common.config import load_yaml  # OmegaConf, which folders do without
+
+    fields: dict[str, Any] = json.loads(json.dumps(_plain(load_yaml(where))))
+    return fields, str(where), None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json.
+
+    Raises:
+        UnknownLayout: there is none.
+        CheckpointError: it is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        layouts.detect(folder)  # says what the folder is, where it is nothing that lavish reads
+        raise UnknownLayout(f"{folder}: has weights and no config.json; fetch the release's config.json into it.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__} and not an object; fetch it again.")
+    return content
+
+
+def _plain(config: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def _cached(hub_id: str) -> Path | None:
+    """Give the folder of a hub id in the local cache, if it holds a config."""
+    if ":" in hub_id:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    repo_id, _, revision = hub_id.partition("@")
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision or None)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _read_headers(folder: Path) -> TensorMap | None:
+    has_weights = any((folder / name).is_file() for name in hf.WEIGHT_FILES) or list(folder.glob("*-of-*.*"))
+    return hf.read(folder, allow_absent=True) if has_weights else None
+
+
+def _saved(tensors: Any, fields: Mapping[str, Any]) -> list[Any]:
+    """Give the tensors as they lie on disk: a network that was saved in int8 has a scale beside each matrix."""
+    from dataclasses import replace
+
+    rows, saved = list(tensors), fields.get("quantization_config")
+    if not isinstance(saved, dict) or saved.get("quant_method") != SAVED_INT8:
+        return rows
+    prefixes = ("model.layers.", "model.vision.") if saved.get("quantize_vision") else ("model.layers.",)
+    found = []
+    for row in rows:
+        found.append(row)
+        if row.is_linear and row.name.startswith(prefixes):
+            found.append(replace(row, name=f"{row.name}_scale", shape=row.shape[:1], is_linear=False))
+    return found
+
+
+def _as_infos(expected: Mapping[str, Any], dtype: str) -> dict[str, TensorInfo]:
+    nowhere = Path()
+    return {name: TensorInfo(tensor.shape, dtype, nowhere, 0) for name, tensor in expected.items()}
+
+
+def _parts(infos: Mapping[str, TensorInfo], expected: Mapping[str, Any], order: tuple[str, ...]) -> list[Part]:
+    groups: dict[str, list[TensorInfo]] = {name: [] for name in (*order, "unexpected")}
+    for name, info in infos.items():
+        groups[expected[name].part if name in expected else "unexpected"].append(info)
+    return [
+        Part(name, len(rows), sum(info.numel for info in rows), sum(info.nbytes for info in rows))
+        for name, rows in groups.items()
+        if rows
+    ]
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+FORMULA = (
+    "cache = 2 x layers x key/value heads x head width x context x 2 bytes; working set = the widest layer's "
+    "activations for one image (tokens x (4 x hidden + 3 x intermediate) x 2 bytes). int8: 1 byte a weight of the "
+    f"decoder's linears + 2 bytes a row; nf4: 0.5625 bytes. LoRA (rank {LORA_RANK}, all linears of both experts, one image + "
+    f"{TEXT_TOKENS} tokens, checkpointed layers, tower frozen): weights + 16 bytes an adapter weight (weight, gradient, AdamW) "
+    "+ layers x tokens x hidden x 2 bytes + 3 working sets + tokens x vocabulary x 8 bytes (logits and their gradient)."
+)
+
+
+def _memory(sizes: Any, tensors: list[Any], infos: Mapping[str, TensorInfo]) -> list[Memory]:
+    """Estimate the memory of inference (one image, the context full) and of LoRA training at batch 1."""
+    cache = 4 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim * sizes.max_position_embeddings
+    tower = sizes.num_patches * (4 * sizes.vision["hidden_size"] + 2 * sizes.vision["intermediate_size"]) * 2
+    per_token = (4 * sizes.hidden_size + 3 * sizes.intermediate_size) * 2
+    working = max(tower, sizes.num_image_tokens * per_token)
+    total = sum(math.prod(tensor.shape) for tensor in tensors)
+    linears = [
+        t
+        for t in tensors
+        if t.is_linear and matches(["model.layers.*.*.*.weight", "model.layers.*.*.*.*.weight"], t.name)
+    ]
+    quantized = sum(math.prod(tensor.shape) for tensor in linears)
+    rows = sum(tensor.shape[0] for tensor in linears)
+    inference = {"cache": cache, "working set": working}
+    weights = {
+        "bfloat16": 2 * total,
+        "int8": 2 * (total - quantized) + quantized + 2 * rows,
+        "nf4": 2 * (total - quantized) + quantized * 9 // 16,
+    }
+    found = [Memory(f"inference, {kind}", {"weights": count, **inference}) for kind, count in weights.items()]
+    tokens = sizes.num_image_tokens + TEXT_TOKENS
+    training = {
+        "adapters": 16 * LORA_RANK * sum(sum(tensor.shape) for tensor in linears),
+        "activations": sizes.num_hidden_layers * tokens * sizes.hidden_size * 2
+        + 3 * max(tower // 3, tokens * per_token)
+        + tokens * sizes.vocab_size * 8,
+    }
+    for kind in ("bfloat16", "nf4"):
+        name = "LoRA" if kind == "bfloat16" else "QLoRA"
+        found.append(Memory(f"{name}, {kind} base", {"weights": weights[kind], **training}))
+    return found
+
+
+def _notes(folder: Path | None, stored: TensorMap | None, overrides: Mapping[str, Any] | None) -> list[str]:
+    if folder is None:
+        return ["Nothing of it is on this machine: sizes are those of the released config, in bfloat16."]
+    if overrides:
+        return ["Sizes are those of the changed config; the weights of the folder were not looked at."]
+    if stored is None:
+        return ["The folder has a config and no weights."]
+    notes = []
+    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")):
+        notes.append("The folder has no tokenizer: name one with --tokenizer (CogVLM v1: a Vicuna-7B folder).")
+    code = sorted(path.name for path in folder.glob("*.py"))
+    if code:
+        notes.append(f"Python files ({', '.join(code[:3])}{' ...' if len(code) > 3 else ''}) are never run.")
+    return notes

@@ -1,0 +1,117 @@
+"""From what stands on the command line to a loaded model: names of the zoo, options of the released demos.
+
+torch is imported by `load_model` and not before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lavish.cli.terminal import human_bytes, human_seconds, say, working
+from lavish.common.errors import ConfigError, did_you_mean
+from lavish.models import ZooEntry, model_zoo
+
+if TYPE_CHECKING:
+    from lavish.inference.vlm import VLM
+
+POCKET_NAMES = ("pocket", "lavish-pocket")
+"""How the bundled model can be asked for; no name at all is it too."""
+UNSUPPORTED_NAMES = ("cogagent",)
+QUANTIZATION_OF_BITS = {8: "int8", 4: "nf4"}
+
+
+def resolve_model(name: str | None) -> tuple[str | None, ZooEntry | None]:
+    """Give what `lavish.load` takes (None: the bundled model), and the row of the zoo if the name is in it.
+
+    A path that exists is that path, whatever the zoo says.
+
+    Raises:
+        ConfigError: a bare name that is neither a path nor in the zoo; the nearest is suggested.
+    """
+    if name is None:
+        return None, None
+    if Path(name).expanduser().exists():
+        return str(Path(name).expanduser()), None
+    entry = model_zoo.get(name.partition("@")[0])
+    if entry is not None:
+        return (entry.hub_id if name == entry.name else name) if entry.hub_id else None, entry
+    if name in POCKET_NAMES:
+        return None, None
+    if name.startswith(UNSUPPORTED_NAMES):
+        raise ConfigError(f"{name!r}: lavish does not know CogAgent. `lavish zoo` lists the models that it knows.")
+    if "/" not in name:
+        raise ConfigError(
+            f"{name!r}: no such folder here, and no model of this name.{did_you_mean(name, model_zoo)} "
+            "`lavish zoo` lists the names; a hub id is written org/name."
+        )
+    return name, None
+
+
+def choose_dtype(dtype: str, *, fp16: bool, bf16: bool) -> str:
+    """Join --dtype with the released demos' --fp16 and --bf16.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    named = [name for name, is_given in (("float16", fp16), ("bfloat16", bf16)) if is_given]
+    same = {"fp16": "float16", "bf16": "bfloat16"}.get(dtype, dtype)
+    if len(named) > 1 or (named and dtype != "auto" and same != named[0]):
+        given = [*(["--fp16"] if fp16 else []), *(["--bf16"] if bf16 else [])]
+        given += [f"--dtype {dtype}"] if dtype != "auto" else []
+        raise ConfigError(f"{' and '.join(given)} contradict each other; give one of them.")
+    return named[0] if named else dtype
+
+
+def choose_quantization(quantization: str | None, bits: int | None) -> str | None:
+    """Join --quantization with the released demos' --quant 8|4.
+
+    Raises:
+        ConfigError: another number of bits, or two answers.
+    """
+    if bits is None:
+        return quantization
+    if bits not in QUANTIZATION_OF_BITS:
+        raise ConfigError(f"--quant {bits} is not offered; it is 8 (int8) or 4 (nf4, needs bitsandbytes).")
+    if quantization not in (None, QUANTIZATION_OF_BITS[bits]):
+        raise ConfigError(f"--quant {bits} and --quantization {quantization} contradict each other; give one of them.")
+    return QUANTIZATION_OF_BITS[bits]
+
+
+def load_model(
+    model: str | None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str | None = None,
+    tokenizer: str | None = None,
+    words: tuple[str, str] = ("Loading {name}", "{name} loaded in {time}"),
+) -> VLM:
+    """Load a model by path, hub id, zoo name, or the bundled one, and say so on stderr.
+
+    A CogVLM v1 release keeps its tokenizer apart: it is fetched from where the zoo says, unless one is named.
+
+    Raises: as `lavish.load`.
+    """
+    import time
+
+    path, entry = resolve_model(model)
+    if tokenizer is None and entry is not None:
+        tokenizer = entry.tokenizer
+    elif tokenizer is not None:
+        tokenizer = str(Path(tokenizer).expanduser())
+    name = model or "pocket"
+    started_s = time.monotonic()
+    with working(words[0].format(name=name)):
+        import lavish
+
+        vlm = lavish.load(path, dtype=dtype, device=device, quantization=quantization, tokenizer=tokenizer)
+    say(words[1].format(name=name, time=human_seconds(time.monotonic() - started_s)), style="dim")
+    return vlm
+
+
+def describe(vlm: VLM) -> str:
+    """Say in a few words what was loaded: size in memory, dtype, device."""
+    tensors = [*vlm.model.parameters(), *vlm.model.buffers()]
+    kind = str(next(vlm.model.parameters()).dtype).removeprefix("torch.")
+    return f"{human_bytes(sum(tensor.nbytes for tensor in tensors))} · {kind} · {vlm.device}"
