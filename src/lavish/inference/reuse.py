@@ -21,7 +21,7 @@ def pixel_digest(pixel_values: torch.Tensor) -> str:
     pixels = pixel_values.detach().cpu().contiguous()
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
-    digest.update(memoryview(pixels.view(torch.uint8).numpy()))
+    digest.update(memoryview(pixels.view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
     return digest.hexdigest()
 
 
@@ -72,6 +72,11 @@ class Conversation:
     digests: tuple[str, ...]
     num_prompt_tokens: int
     cache: SliceCache
+
+    def extend(self, token_ids: list[int], token_type_ids: list[int]) -> None:
+        """Note tokens that a pass has put into the cache."""
+        self.token_ids += token_ids
+        self.token_type_ids += token_type_ids
 
     def num_common_tokens(self, token_ids: list[int], token_type_ids: list[int], digests: tuple[str, ...]) -> int:
         """Give how many tokens at the start are the same here and there.

@@ -73,7 +73,7 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor) -> int:
         options = self.options
-        logits = logits / options.temperature
+        logits = logits / (options.temperature or 1.0)
         if options.top_k:
             logits = keep_top_k(logits, options.top_k)
         cumulative = keep_top_p(logits, options.top_p or 1.0).softmax(-1).double().cumsum(-1)

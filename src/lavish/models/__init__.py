@@ -6,7 +6,7 @@ add one `Family`; to add a released model, add one `ZooEntry` and its layout in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -16,21 +16,53 @@ from lavish.common.errors import ConfigError, UnknownLayout, did_you_mean
 
 @dataclass(frozen=True)
 class Family:
-    """One model family: how its config.json names it, and where its classes are ("module:Class", imported on use)."""
+    """One model family: how its config.json names it, and where its classes are (imported on use)."""
 
     name: str
     model_type: str
     """What config.json says in folders that lavish saved."""
     architectures: tuple[str, ...]
     """What config.json says in released folders, which may have no `model_type`."""
+    package: str
+    """Where the family's four files are: config, model, processor, weights."""
     config: str
     model: str
     processor: str
 
-    def load_class(self, kind: str) -> Any:
-        """Give the class of a kind: "config", "model" or "processor"."""
-        module, _, name = {"config": self.config, "model": self.model, "processor": self.processor}[kind].partition(":")
-        return getattr(import_module(module), name)
+    @property
+    def config_class(self) -> Any:
+        return self._get("config", self.config)
+
+    @property
+    def model_class(self) -> Any:
+        return self._get("model", self.model)
+
+    @property
+    def processor_class(self) -> Any:
+        return self._get("processor", self.processor)
+
+    def read_config(self, fields: Mapping[str, Any], where: str, **overrides: Any) -> Any:
+        """Make the config of a config.json; overrides may be nested (`vision_config={"num_hidden_layers": 2}`).
+
+        Raises:
+            ConfigError: a size is absent, an override is no field (the nearest is suggested), or fields contradict.
+        """
+        for name, nested in self.config_class.sub_configs.items():
+            if isinstance(overrides.get(name), Mapping):
+                overrides[name] = _checked_nested(name, overrides[name], nested)
+        return self._get("config", "read_config")(dict(fields), where, **overrides)
+
+    @property
+    def rules(self) -> Any:
+        """Renaming rules from the released tensors to the network's."""
+        return self._get("weights", "RULES")
+
+    def complete(self, network: Any, absent: Iterable[str]) -> None:
+        """Compute what no file held (`absent` is on the meta device), and check what must agree."""
+        self._get("weights", "complete")(network, absent)
+
+    def _get(self, module: str, name: str) -> Any:
+        return getattr(import_module(f"{self.package}.{module}"), name)
 
 
 @dataclass(frozen=True)
@@ -59,9 +91,10 @@ FAMILIES: tuple[Family, ...] = (
         name="cogvlm",
         model_type="cogvlm",
         architectures=("CogVLMForCausalLM",),
-        config="lavish.models.cogvlm.config:CogVLMConfig",
-        model="lavish.models.cogvlm.model:CogVLMForCausalLM",
-        processor="lavish.models.cogvlm.processor:CogVLMProcessor",
+        package="lavish.models.cogvlm",
+        config="CogVLMConfig",
+        model="CogVLMForCausalLM",
+        processor="CogVLMProcessor",
     ),
 )
 
@@ -158,6 +191,15 @@ ZOO: tuple[ZooEntry, ...] = (
 
 _BY_NAME = {entry.name: entry for entry in ZOO}
 _BY_HUB_ID = {entry.hub_id: entry for entry in ZOO if entry.hub_id is not None}
+
+
+def _checked_nested(name: str, overrides: Mapping[str, Any], config_class: Any) -> dict[str, Any]:
+    """Check the names of nested overrides, and give them in the spelling that is used on disk."""
+    known = [*config_class.__dataclass_fields__, *config_class.attribute_map]
+    for key in overrides:
+        if key not in known:
+            raise ConfigError(f"config: {f'{name}.{key}'!r} is no field.{did_you_mean(key, known)}")
+    return {config_class.attribute_map.get(key, key): value for key, value in overrides.items()}
 
 
 def family(name: str) -> Family:

@@ -1,0 +1,271 @@
+"""From a folder or hub id to a model that talks.
+
+Order: resolve -> config.json -> family -> config -> network on the meta device -> stream the weights, strictly ->
+processor. No code of a checkpoint is run, and nothing is fetched unless a hub id was named.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import lavish.models as table
+from lavish.checkpoints import hf, hub, layouts
+from lavish.checkpoints.loading import load_into
+from lavish.checkpoints.tensor_map import TensorMap
+from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout, did_you_mean
+from lavish.inference.adapters import ADAPTER_CONFIG, apply_adapter
+from lavish.inference.placement import resolve_device, resolve_dtype
+from lavish.inference.quantization import check_quantization, is_saved_int8, load_quantized, prepare_saved_int8
+from lavish.inference.register import register
+from lavish.inference.vlm import VLM
+
+logger = logging.getLogger(__name__)
+
+POCKET = Path(__file__).resolve().parent.parent / "pocket"
+"""The bundled model."""
+
+
+def load(
+    path_or_hub_id: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    quantization: str | None = None,
+    quantize_vision: bool = False,
+    adapter: str | Path | None = None,
+    base: str | Path | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    rope: str | None = None,
+    revision: str | None = None,
+    **pieces: Any,
+) -> VLM:
+    """Load a released model, or one that lavish saved, ready to talk.
+
+    Args:
+        path_or_hub_id: a folder, `org/name[@revision]`, or `modelscope:org/name`; None is the bundled pocket model.
+        dtype: "auto" is what most weights are stored in, but float32 instead of float16 on a CPU, where float16 is
+          unusably slow.
+        device: "auto" is CUDA, else MPS, else CPU.
+        quantization: "int8" (any device) or "nf4" (needs bitsandbytes); decoder layers only.
+        quantize_vision: quantise the tower and the projector too.
+        adapter: folder of a PEFT adapter to put on the network; it is not merged.
+        base: where the base is, if `path_or_hub_id` is itself an adapter's folder.
+        tokenizer: folder or hub id of the tokenizer (CogVLM v1 has its own apart), or a tokenizer.
+        config: fields that replace those of config.json, as a dict or a JSON or YAML file.
+        rope: "reference" (the release's numbers) or "float32" for the rotary table of half-precision models; default
+          as stored.
+        revision: of a hub id.
+        pieces: parts of composite releases by name; CogVLM has none.
+
+    Raises:
+        ConfigError: a wrong option, an unknown piece, a config that lacks a field or contradicts itself, or no such
+          model.
+        UnknownLayout: not a checkpoint, or of an architecture that lavish does not know.
+        CheckpointError: weights that are absent, damaged, or of another shape or name than the config says.
+    """
+    check_quantization(quantization, quantize_vision)
+    target = resolve_device(device)
+    folder, adapter = _folders(path_or_hub_id, adapter, base, revision)
+    config_dict = read_config_json(folder)
+    family = table.detect_family(config_dict, str(folder))
+    _refuse_pieces(pieces, family.name)
+    overrides = _overrides(config, rope)
+    config_object = family.read_config(config_dict, str(folder / "config.json"), **overrides)
+    tensors = hf.read(folder)
+    weight_dtype = resolve_dtype(dtype, _stored_dtype(tensors), target)
+    # Before the weights: a wrong tokenizer is found in a second, not after minutes of reading.
+    processor = family.processor_class.from_pretrained(folder, tokenizer=tokenizer)
+    if overrides:  # which the folder's own files do not have
+        processor = family.processor_class.from_config(config_object, processor.tokenizer)
+    if is_saved_int8(config_dict) and quantization is not None:
+        raise ConfigError(f"{folder} was saved in int8 already; load it without quantization={quantization!r}.")
+    network = _load_network(
+        family, config_object, config_dict, tensors, weight_dtype, target, quantization, quantize_vision
+    )
+    if adapter is not None:
+        network = apply_adapter(network, Path(adapter), is_quantized=quantization is not None)
+    register()
+    defaults = _generation_config(folder)
+    return VLM(
+        network,
+        processor,
+        name=str(path_or_hub_id or "pocket"),
+        grounding=_is_grounding(path_or_hub_id, folder, config_dict),
+        eos_token_ids=_eos_token_ids(defaults, config_object),
+        sampling_defaults={
+            name: value
+            for name in ("temperature", "top_p", "top_k")
+            if isinstance(value := defaults.get(name), int | float) and not isinstance(value, bool)
+        },
+    )
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json.
+
+    Raises:
+        UnknownLayout: no folder, or none with a config.json.
+        CheckpointError: it is not a JSON object.
+    """
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "not there"
+        raise UnknownLayout(f"{folder} is {kind}; give the folder that holds config.json and the weights.")
+    layouts.detect(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UnknownLayout(f"{folder} has weights and no config.json; fetch the release's config.json into it.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__} and not an object; fetch it again.")
+    return content
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Read config fields from a JSON or YAML file.
+
+    Raises:
+        ConfigError: no such file, or not a mapping.
+    """
+    from omegaconf import OmegaConf  # most loads do without it
+    from yaml import YAMLError
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, YAMLError) as error:
+        raise ConfigError(f"config={str(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config={str(path)!r} holds a list; it needs fields with values.")
+    return {str(name): value for name, value in content.items()}
+
+
+def _folders(
+    path: str | Path | None, adapter: str | Path | None, base: str | Path | None, revision: str | None
+) -> tuple[Path, Path | None]:
+    """Give the folder of the network, and that of an adapter."""
+    if revision is not None and (path is None or Path(path).exists()):
+        raise ConfigError(f"revision={revision!r} is of a hub id, and {str(path or 'the pocket model')!r} is on disk.")
+    if path is None:
+        if base is not None:
+            raise ConfigError("base= was given without the adapter's folder: lavish.load(adapter_folder, base=...).")
+        if not (POCKET / "config.json").is_file():
+            raise CheckpointError(
+                f"The bundled pocket model is not in this installation ({POCKET} has no config.json). "
+                "Give the folder or hub id of a model: lavish.load('THUDM/cogvlm2-llama3-chat-19B')."
+            )
+        return POCKET, None if adapter is None else hub.resolve(adapter)
+    folder = hub.resolve(path, revision=revision)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        if adapter is not None:
+            raise ConfigError(f"{folder} is itself an adapter, and adapter= names another; give base= and one adapter.")
+        if base is None:
+            raise ConfigError(f"{folder} is an adapter; name the model that it was trained on with base=...")
+        return hub.resolve(base), folder
+    if base is not None:
+        raise ConfigError(f"base= was given, but {folder} is no adapter (no {ADAPTER_CONFIG}); use adapter= for one.")
+    return folder, None if adapter is None else hub.resolve(adapter)
+
+
+def _refuse_pieces(pieces: Mapping[str, Any], family: str) -> None:
+    if not pieces:
+        return
+    name = next(iter(pieces))
+    known = [
+        "dtype",
+        "device",
+        "quantization",
+        "quantize_vision",
+        "adapter",
+        "base",
+        "tokenizer",
+        "config",
+        "rope",
+        "revision",
+    ]
+    raise ConfigError(
+        f"lavish.load got {name!r}: no option, and the family {family!r} is one network without pieces."
+        f"{did_you_mean(name, known)} Options: {', '.join(known)}."
+    )
+
+
+def _overrides(config: Mapping[str, Any] | str | Path | None, rope: str | None) -> dict[str, Any]:
+    """Give the config fields that the caller replaces."""
+    if isinstance(config, str | Path):
+        config = read_fields(Path(config))
+    fields = {str(name): value for name, value in (config or {}).items()}
+    return fields if rope is None else {**fields, "rope": rope}
+
+
+def _stored_dtype(tensors: TensorMap) -> torch.dtype:
+    """Give the float dtype that holds the most elements."""
+    elements: Counter[torch.dtype] = Counter()
+    for name in tensors:
+        shape, dtype = tensors.meta(name)
+        if dtype.is_floating_point:
+            elements[dtype] += torch.Size(shape).numel()
+    return elements.most_common(1)[0][0] if elements else torch.float32
+
+
+def _load_network(
+    family: table.Family,
+    config: Any,
+    config_dict: dict[str, Any],
+    tensors: TensorMap,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None,
+    quantize_vision: bool,
+) -> PreTrainedModel:
+    with torch.device("meta"):
+        network = family.model_class(config)
+    rules = family.rules
+    if is_saved_int8(config_dict):
+        prepare_saved_int8(network, config_dict, dtype)
+        left = load_into(network, tensors, dtype=dtype, device=device, rules=rules)
+    elif quantization is not None:
+        left = load_quantized(
+            network, tensors, quantization, dtype=dtype, device=device, rules=rules, quantize_vision=quantize_vision
+        )
+    else:
+        left = load_into(network, tensors, dtype=dtype, device=device, rules=rules)
+    family.complete(network, left)
+    config.dtype = dtype
+    return network.eval()
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    """Read generation_config.json, or give nothing where there is none."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _eos_token_ids(generation_config: Mapping[str, Any], config: Any) -> list[int]:
+    """Give what ends an answer: the ids of generation_config.json and of the config."""
+    found: list[int] = []
+    for value in (generation_config.get("eos_token_id"), config.eos_token_id):
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(found))
+
+
+def _is_grounding(path: str | Path | None, folder: Path, config: Mapping[str, Any]) -> bool:
+    """Tell whether answers hold boxes: by the checkpoint's name, or because its config says so (the pocket model)."""
+    if isinstance(config.get("grounding"), bool):
+        return config["grounding"]
+    return any("grounding" in Path(str(name)).name.lower() for name in (path or "", folder))

@@ -1,0 +1,347 @@
+"""A loaded model that talks: `chat`, `stream` and `batch`.
+
+State lives in the request, never on the network. Two bounded stores are shared by the requests of one `VLM` and are
+locked: image features by content, and the caches of the last conversations. So requests may run in several threads;
+each of them computes on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+
+from lavish.common import grounding
+from lavish.common.errors import ConfigError, MediaError, PromptError
+from lavish.inference.cache import SliceCache
+from lavish.inference.options import GenerationOptions, parse_options
+from lavish.inference.reuse import Conversation, ConversationStore, FeatureCache, pixel_digest
+from lavish.inference.sampling import Sampler
+from lavish.inference.steps import Prompt, steps_for
+from lavish.inference.streaming import TextStream
+
+_FIRST_ANSWER_TOKENS = 256
+"""Room for the answer in a new cache; it grows when a longer one comes."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request. Image slots count as prompt tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    """Generated tokens, the end-of-sequence token included."""
+    cached_tokens: int
+    """Prompt tokens that were not computed again, because an earlier request had computed them."""
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and answer together: the cache slots that the request filled."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer."""
+
+    text: str
+    token_ids: list[int]
+    """All tokens that were generated, the end-of-sequence token included; a stop text is in them and not in `text`."""
+    boxes: list[grounding.Grounding]
+    """Boxes named in the text, where grounding is on."""
+    finish_reason: str
+    """What ended it: "stop" (the model or a stop text), "length" (max_new_tokens) or "cancelled" (the caller)."""
+    usage: Usage
+
+
+class Answer:
+    """An answer that grows by tokens. It decides when it ends."""
+
+    def __init__(self, text: TextStream, max_new_tokens: int, eos_token_ids: frozenset[int]):
+        self.token_ids: list[int] = []
+        self.pieces: list[str] = []
+        self.finish_reason: str | None = None
+        self._text = text
+        self._max_new_tokens = max_new_tokens
+        self._eos_token_ids = eos_token_ids
+
+    def push(self, token_id: int) -> str:
+        """Add a token, give the text that became final, and set `finish_reason` if this was the last one."""
+        self.token_ids.append(token_id)
+        if token_id in self._eos_token_ids:
+            return self.end("stop")
+        piece = self._add(self._text.push(token_id))
+        if self._text.is_stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self._max_new_tokens:
+            piece += self.end("length")
+        return piece
+
+    def end(self, reason: str) -> str:
+        """End the answer, and give the text that was held back."""
+        piece = self._add(self._text.finish())
+        self.finish_reason = "stop" if self._text.is_stopped else reason
+        return piece
+
+    def _add(self, piece: str) -> str:
+        if piece:
+            self.pieces.append(piece)
+        return piece
+
+
+class ReplyStream(Iterator[str]):
+    """The pieces of one answer, as they come. They joined are `reply.text`.
+
+    The prompt is computed when the first piece is asked for. `close()`, leaving a `with` block and Ctrl-C end the
+    answer cleanly: `reply` then holds what came so far with finish_reason "cancelled", and the next turn can still
+    reuse the cache.
+    """
+
+    def __init__(self, vlm: VLM, prompt: Prompt, options: GenerationOptions, max_new_tokens: int):
+        self._vlm, self._prompt, self._options = vlm, prompt, options
+        self._answer = vlm._answer(options, max_new_tokens)
+        self._steps = self._run()
+        self._num_cached = 0
+        self._conversation: Conversation | None = None
+        self.reply: Reply | None = None
+        """The whole answer, once the stream has ended or was closed."""
+
+    def __iter__(self) -> ReplyStream:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._steps)
+        except BaseException:  # the end, an error, or Ctrl-C anywhere in the computation
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the answer now. Closing twice, or after the end, changes nothing."""
+        self._steps.close()
+        self._finish()
+
+    def __enter__(self) -> ReplyStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _run(self) -> Generator[str]:
+        vlm, prompt, answer = self._vlm, self._prompt, self._answer
+        sampler = Sampler(self._options, prompt.token_ids)
+        conversation, num_cached = vlm._begin(prompt)
+        self._conversation, self._num_cached = conversation, num_cached
+        cache = conversation.cache
+        features = vlm._features([prompt]) if any(prompt.token_type_ids[num_cached:]) else None
+        logits, state = vlm._steps.prefill([prompt], features, cache, num_cached)
+        conversation.extend(prompt.token_ids[num_cached:], prompt.token_type_ids[num_cached:])
+        while True:
+            token_id = sampler(logits[0])
+            piece = answer.push(token_id)
+            if piece:
+                yield piece
+            if answer.finish_reason is not None:
+                return
+            logits = vlm._steps.decode([token_id], state, cache)
+            conversation.extend([token_id], [0])
+
+    def _finish(self) -> None:
+        if self.reply is not None:
+            return
+        if self._answer.finish_reason is None:
+            self._answer.end("cancelled")
+        self.reply = self._vlm._reply(self._answer, self._prompt, self._options, self._num_cached)
+        if self._conversation is not None:
+            # What the last, perhaps interrupted, pass wrote beyond the tokens noted here is forgotten.
+            self._conversation.cache.truncate(len(self._conversation.token_ids))
+            self._vlm.conversations.put(self._conversation)
+            self._conversation = None
+
+
+class VLM:
+    """A network and its processor, ready to talk. Made by `lavish.load`.
+
+    Args:
+        model: the network, a transformers `PreTrainedModel` (or a `PeftModel` around it).
+        processor: its processor.
+        name: what it was loaded from, for messages and `repr`.
+        grounding: parse boxes out of every answer unless a call says otherwise.
+        eos_token_ids: what ends an answer; default: the config's.
+        sampling_defaults: temperature, top_p and top_k for calls that sample and leave them open.
+        max_feature_bytes: memory for image features kept between requests; 0 keeps none.
+        max_conversations: how many conversations keep their key/value cache for the next turn; 0 keeps none.
+        max_conversation_bytes: memory for all of them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        name: str = "",
+        grounding: bool = False,
+        eos_token_ids: Sequence[int] | None = None,
+        sampling_defaults: Mapping[str, float] | None = None,
+        max_feature_bytes: int = 512 * 2**20,
+        max_conversations: int = 2,
+        max_conversation_bytes: int = 2 * 2**30,
+    ):
+        self.model = model
+        self.processor = processor
+        self.name = name
+        self.grounding = grounding
+        self.features = FeatureCache(max_feature_bytes)
+        self.conversations = ConversationStore(max_conversations, max_conversation_bytes)
+        # A PeftModel replaces layers inside the network and wraps it; the network itself is what the passes run on.
+        self._steps = steps_for(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        eos = self._steps.config.eos_token_id if eos_token_ids is None else eos_token_ids
+        self._eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self._sampling_defaults = dict(sampling_defaults or {})
+
+    def __repr__(self) -> str:
+        weight = next(self._steps.network.parameters())
+        return f"VLM({self.name!r}, {type(self._steps.network).__name__}, {weight.dtype}, {weight.device})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self._steps.device
+
+    def chat(self, messages: Sequence[Any], **generation: Any) -> Reply:
+        """Answer a conversation; see `GenerationOptions` for what can be asked.
+
+        Raises:
+            PromptError: messages that make no prompt, or a prompt and answer that do not fit into the context.
+            MediaError: an image that cannot be opened.
+            ConfigError: a wrong generation option.
+        """
+        with self.stream(messages, **generation) as stream:
+            for _ in stream:
+                pass
+        return _finished(stream)
+
+    def stream(self, messages: Sequence[Any], **generation: Any) -> ReplyStream:
+        """Answer a conversation piece by piece; the same text as `chat`, and the whole reply in `.reply` at the end.
+
+        Raises: as `chat`, at once and not with the first piece.
+        """
+        options = parse_options(generation, self._sampling_defaults)
+        prompt = self._prompt(messages, options)
+        return ReplyStream(self, prompt, options, options.num_new_tokens(len(prompt), self._steps.context_tokens))
+
+    def batch(self, conversations: Sequence[Sequence[Any]], *, batch_size: int = 8, **generation: Any) -> list[Reply]:
+        """Answer many conversations, `batch_size` at a time, in their order; each as `chat` would, token for token.
+
+        Lengths may differ, and conversations with and without an image may be mixed. With a seed every row draws from
+        its own stream, so a row's answer does not depend on its neighbours.
+
+        Raises: as `chat`, with the number of the conversation, before anything is computed.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+        options = parse_options(generation, self._sampling_defaults)
+        prompts, limits = [], []
+        for index, messages in enumerate(conversations):
+            try:
+                prompts.append(self._prompt(messages, options))
+                limits.append(options.num_new_tokens(len(prompts[-1]), self._steps.context_tokens))
+            except (PromptError, MediaError) as error:
+                raise type(error)(f"Conversation {index} of {len(conversations)}: {error}") from error
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
+        replies: dict[int, Reply] = {}
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            replies.update(zip(rows, self._batch([prompts[i] for i in rows], [limits[i] for i in rows], options)))
+        return [replies[i] for i in range(len(prompts))]
+
+    def _batch(self, prompts: list[Prompt], limits: list[int], options: GenerationOptions) -> list[Reply]:
+        answers = [self._answer(options, limit) for limit in limits]
+        samplers = [Sampler(options, prompt.token_ids) for prompt in prompts]
+        active = list(range(len(prompts)))
+        cache = SliceCache(self._steps.num_layers, max(map(len, prompts)) + _FIRST_ANSWER_TOKENS)
+        logits, state = self._steps.prefill(prompts, self._features(prompts), cache)
+        while True:
+            token_ids = _choose([samplers[row] for row in active], logits)
+            for row, token_id in zip(active, token_ids):
+                answers[row].push(token_id)
+            going = [place for place, row in enumerate(active) if answers[row].finish_reason is None]
+            if not going:
+                return [self._reply(answer, prompt, options, 0) for answer, prompt in zip(answers, prompts)]
+            if len(going) < len(active):
+                self._steps.select_rows(going, state, cache)
+                active, token_ids = [active[place] for place in going], [token_ids[place] for place in going]
+            logits = self._steps.decode(token_ids, state, cache)
+
+    def _prompt(self, messages: Sequence[Any], options: GenerationOptions) -> Prompt:
+        inputs: BatchFeature = self.processor.apply_chat_template(
+            messages,
+            chat_template=options.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        pixel_values = inputs.get("pixel_values")
+        if len(inputs["input_ids"]) != 1:
+            raise PromptError("chat and stream take one conversation; give a list of them to batch.")
+        return Prompt(
+            token_ids=inputs["input_ids"][0].tolist(),
+            token_type_ids=inputs["token_type_ids"][0].tolist(),
+            pixel_values=pixel_values,
+            digest=None if pixel_values is None else pixel_digest(pixel_values[0]),
+        )
+
+    def _begin(self, prompt: Prompt) -> tuple[Conversation, int]:
+        """Give a conversation whose cache holds the first tokens of the prompt, and how many."""
+        token_ids, token_type_ids = prompt.token_ids, prompt.token_type_ids
+        kept, num_cached = self.conversations.take(token_ids, token_type_ids, prompt.digests)
+        capacity = min(len(prompt) + _FIRST_ANSWER_TOKENS, self._steps.context_tokens)
+        cache = SliceCache(self._steps.num_layers, capacity) if kept is None else kept.cache
+        cache.truncate(num_cached)
+        started = Conversation(token_ids[:num_cached], token_type_ids[:num_cached], prompt.digests, len(prompt), cache)
+        return started, num_cached
+
+    def _features(self, prompts: Sequence[Prompt]) -> torch.Tensor | None:
+        """Give the image features of the prompts that have an image, each picture computed once."""
+        found: dict[str, torch.Tensor] = {}
+        for prompt in prompts:
+            if prompt.digest is None or prompt.pixel_values is None or prompt.digest in found:
+                continue
+            features = self.features.get(prompt.digest)
+            if features is None:
+                features = self._steps.image_features(prompt.pixel_values)[0]
+                self.features.put(prompt.digest, features)
+            found[prompt.digest] = features
+        rows = [found[prompt.digest] for prompt in prompts if prompt.digest is not None]
+        return torch.stack(rows) if rows else None
+
+    def _answer(self, options: GenerationOptions, max_new_tokens: int) -> Answer:
+        return Answer(TextStream(self.processor.decode, options.stop), max_new_tokens, self._eos_token_ids)
+
+    def _reply(self, answer: Answer, prompt: Prompt, options: GenerationOptions, num_cached: int) -> Reply:
+        text = "".join(answer.pieces)
+        wants_boxes = self.grounding if options.grounding is None else options.grounding
+        return Reply(
+            text=text,
+            token_ids=answer.token_ids,
+            boxes=grounding.parse(text) if wants_boxes else [],
+            finish_reason=answer.finish_reason or "cancelled",
+            usage=Usage(len(prompt), len(answer.token_ids), num_cached),
+        )
+
+
+def _choose(samplers: list[Sampler], logits: torch.Tensor) -> list[int]:
+    """Choose a token for each row; greedy rows are reduced in one go. Shapes: logits (rows, vocab)."""
+    if all(sampler.needs_only_argmax for sampler in samplers):
+        return logits.argmax(dim=-1).tolist()
+    return [sampler(row) for sampler, row in zip(samplers, logits)]
+
+
+def _finished(stream: ReplyStream) -> Reply:
+    if stream.reply is None:
+        raise RuntimeError("the stream has not ended")
+    return stream.reply

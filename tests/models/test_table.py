@@ -1,0 +1,45 @@
+"""The table of families and released models."""
+
+import pytest
+
+from lavish.common.errors import ConfigError, UnknownLayout
+from lavish.models import FAMILIES, detect_family, family, model_zoo
+
+
+def test_every_family_names_classes_that_exist():
+    for row in FAMILIES:
+        assert row.config_class.model_type == row.model_type
+        assert row.model_class.__name__ in row.architectures
+        assert row.processor_class.__name__ == row.processor
+        assert isinstance(row.rules, tuple)
+
+
+def test_families_are_found_by_architecture_first():
+    assert detect_family({"architectures": ["CogVLMForCausalLM"]}, "x").name == "cogvlm"
+    assert detect_family({"model_type": "cogvlm"}, "x").name == "cogvlm"
+    for config in ({"architectures": ["CogVLMVideoForCausalLM"], "model_type": "cogvlm"}, {"model_type": "llama"}, {}):
+        with pytest.raises(UnknownLayout, match=r"some/folder: config\.json names"):
+            detect_family(config, "some/folder")
+
+
+def test_names_suggest():
+    assert family("cogvlm").model_type == "cogvlm"
+    with pytest.raises(ConfigError, match="Did you mean 'cogvlm'"):
+        family("cog-vlm")
+
+
+def test_the_zoo_is_a_mapping_by_name_and_hub_id():
+    assert model_zoo["cogvlm2-llama3-chat-19B"] is model_zoo["THUDM/cogvlm2-llama3-chat-19B"]
+    assert len(model_zoo) == len(list(model_zoo)) >= 7
+    assert "no-such-model" not in model_zoo
+    for entry in model_zoo.values():
+        assert family(entry.family)
+        assert entry.licence
+        assert entry.good_at
+
+
+def test_the_zoo_prints_as_a_table():
+    lines = str(model_zoo).splitlines()
+    assert lines[0].split() == ["name", "hub", "id", "size", "licence", "good", "at"]
+    assert len(lines) == len(model_zoo) + 1
+    assert "39.0 GB" in str(model_zoo)
