@@ -8,9 +8,11 @@ message alone and ends with status 2, Ctrl-C with 130; LAVISH_DEBUG=1 shows the 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import getdoc
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,7 +43,8 @@ class Commands(TyperGroup):
         if cmd_name not in self.list_commands(ctx):
             return None
         app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings=SETTINGS)
-        app.command(cmd_name)(import_module(f"lavish.cli.{cmd_name}").command)
+        command = import_module(f"lavish.cli.{cmd_name}").command
+        app.command(cmd_name, help=re.sub(r"(?<!\n)\n(?!\n)", " ", getdoc(command) or ""))(command)
         return typer.main.get_command(app)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -58,7 +58,7 @@ def _print_tree(path: str, overrides: dict[str, Any], as_json: bool) -> None:
     from lavish.cli.inspection import find
     from lavish.cli.module_tree import draw_tree, read_tree
 
-    fields, where, folder = find(path)
+    _, where, folder = find(path)
     name = path if folder is None else folder
     root = read_tree(lavish.build(name, device="meta", **overrides))
     if as_json:
@@ -93,10 +93,8 @@ def _heading(seen: Inspection) -> Any:
     from rich.text import Text
 
     heading = Text(seen.path, style="bold")
-    release = {"cogvlm": f"CogVLM{'' if seen.version == 1 else seen.version}"}.get(seen.family, seen.family)
-    where = (
-        "not on this machine" if seen.layout is None else {"hf": "Hugging Face layout"}.get(seen.layout, seen.layout)
-    )
+    release = f"{seen.family} {seen.version}" if seen.version > 1 else seen.family
+    where = "not on this machine" if seen.layout is None else f"layout {seen.layout}"
     heading.append(f"\n{release}", style="cyan")
     heading.append(f" · {human_count(seen.num_parameters)} parameters · {human_bytes(seen.num_bytes)} · {where}")
     if seen.has_weights:
@@ -126,7 +124,7 @@ def _config_table(seen: Inspection) -> Any:
         ("vocabulary", sizes.vocab_size, ""),
         ("context, tokens", sizes.max_position_embeddings, ""),
         ("image, pixels", "", f"{vision['image_size']} x {vision['image_size']}"),
-        ("patches / tokens of an image", sizes.num_image_tokens, sizes.num_patches),
+        ("an image: tokens, patches", sizes.num_image_tokens, sizes.num_patches),
     ]
     for name, decoder, tower in rows:
         table.add_row(name, *(f"{value:,}" if isinstance(value, int) else value for value in (decoder, tower)))
@@ -134,19 +132,12 @@ def _config_table(seen: Inspection) -> Any:
 
 
 def _parts_table(seen: Inspection) -> Any:
-    table = _grid(
-        ("part", "left"), ("tensors", "right"), ("parameters", "right"), ("bytes", "right"), ("share", "right")
-    )
+    columns = [(name, "right") for name in ("tensors", "parameters", "bytes", "share")]
+    table = _grid(("part", "left"), *columns)
     for part in seen.parts:
         share = part.num_bytes / max(seen.num_bytes, 1)
-        style = "red" if part.name == "unexpected" else None
-        values = (
-            f"{part.num_tensors:,}",
-            human_count(part.num_parameters),
-            human_bytes(part.num_bytes),
-            f"{share:.1%}",
-        )
-        table.add_row(part.name, *values, style=style)
+        counts = (f"{part.num_tensors:,}", human_count(part.num_parameters), human_bytes(part.num_bytes))
+        table.add_row(part.name, *counts, f"{share:.1%}", style="red" if part.name == "unexpected" else None)
     table.add_section()
     total = sum(part.num_tensors for part in seen.parts)
     table.add_row("all", f"{total:,}", human_count(seen.num_parameters), human_bytes(seen.num_bytes), "", style="bold")
@@ -170,12 +161,10 @@ def _print_check(seen: Inspection) -> None:
         shown.print("complete: every tensor that the config asks for is there, and no other", style="green")
         return
     if seen.absent_files:
-        shown.print(f"{len(seen.absent_files)} weight files are not here: {', '.join(seen.absent_files)}", style="red")
-    for title, names in (
-        ("missing", seen.missing),
-        ("unexpected", seen.unexpected),
-        ("of another shape", seen.misshaped),
-    ):
+        absent = ", ".join(seen.absent_files)
+        shown.print(f"{len(seen.absent_files)} weight files are not here: {absent}", style="red", markup=False)
+    problems = {"missing": seen.missing, "unexpected": seen.unexpected, "of another shape": seen.misshaped}
+    for title, names in problems.items():
         if names:
             shown.print(f"{len(names)} tensors {title}:", style="bold red")
             for name in names[:SHOWN_PROBLEMS]:

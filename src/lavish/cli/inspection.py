@@ -252,12 +252,14 @@ def _parts(infos: Mapping[str, TensorInfo], expected: Mapping[str, Any], order: 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 FORMULA = (
-    "cache = 2 x layers x key/value heads x head width x context x 2 bytes; working set = the widest layer's "
-    "activations for one image (tokens x (4 x hidden + 3 x intermediate) x 2 bytes). int8: 1 byte a weight of the "
-    f"decoder's linears + 2 bytes a row; nf4: 0.5625 bytes. LoRA (rank {LORA_RANK}, all linears of both experts, one image + "
-    f"{TEXT_TOKENS} tokens, checkpointed layers, tower frozen): weights + 16 bytes an adapter weight (weight, gradient, AdamW) "
-    "+ layers x tokens x hidden x 2 bytes + 3 working sets + tokens x vocabulary x 8 bytes (logits and their gradient)."
+    "cache: 2 x layers x key/value heads x head width x context x 2 bytes. working set: activations of the widest "
+    "layer for one image, tokens x (4 x hidden + 3 x intermediate) x 2 bytes. int8: 1 byte a weight of the decoder's "
+    "linears and 2 a row; nf4: 0.5625. LoRA: "
+    f"rank {LORA_RANK}, all linears of both experts, batch 1 of one image and {TEXT_TOKENS} tokens, checkpointed "
+    "layers, frozen tower. adapters: 16 bytes a weight (itself, gradient, AdamW). activations: layers x tokens x "
+    "hidden x 2 bytes, 3 working sets of a decoder layer, tokens x vocabulary x 8 bytes (logits and gradient)."
 )
+DECODER_LINEARS = ("model.layers.*.*.*.weight", "model.layers.*.*.*.*.weight")
 
 
 def _memory(sizes: Any, tensors: list[Any], infos: Mapping[str, TensorInfo]) -> list[Memory]:
@@ -267,11 +269,7 @@ def _memory(sizes: Any, tensors: list[Any], infos: Mapping[str, TensorInfo]) -> 
     per_token = (4 * sizes.hidden_size + 3 * sizes.intermediate_size) * 2
     working = max(tower, sizes.num_image_tokens * per_token)
     total = sum(math.prod(tensor.shape) for tensor in tensors)
-    linears = [
-        t
-        for t in tensors
-        if t.is_linear and matches(["model.layers.*.*.*.weight", "model.layers.*.*.*.*.weight"], t.name)
-    ]
+    linears = [tensor for tensor in tensors if tensor.is_linear and matches(DECODER_LINEARS, tensor.name)]
     quantized = sum(math.prod(tensor.shape) for tensor in linears)
     rows = sum(tensor.shape[0] for tensor in linears)
     inference = {"cache": cache, "working set": working}
@@ -285,7 +283,7 @@ def _memory(sizes: Any, tensors: list[Any], infos: Mapping[str, TensorInfo]) -> 
     training = {
         "adapters": 16 * LORA_RANK * sum(sum(tensor.shape) for tensor in linears),
         "activations": sizes.num_hidden_layers * tokens * sizes.hidden_size * 2
-        + 3 * max(tower // 3, tokens * per_token)
+        + max(tower, 3 * tokens * per_token)
         + tokens * sizes.vocab_size * 8,
     }
     for kind in ("bfloat16", "nf4"):
