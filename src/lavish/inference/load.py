@@ -23,7 +23,7 @@ from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout, did_you_mean
 from lavish.inference.adapters import ADAPTER_CONFIG, apply_adapter
 from lavish.inference.placement import resolve_device, resolve_dtype
-from lavish.inference.quantization import check_quantization, is_saved_int8, load_quantized, prepare_saved_int8
+from lavish.inference.quantization import check_quantization, is_saved_int8, load_quantized, replace_by_int8
 from lavish.inference.register import register
 from lavish.inference.vlm import VLM
 
@@ -231,7 +231,8 @@ def _load_network(
         network = family.model_class(config)
     rules = family.rules
     if is_saved_int8(config_dict):
-        prepare_saved_int8(network, config_dict, dtype)
+        saved = config_dict["quantization_config"]
+        replace_by_int8(network, dtype, quantize_vision=bool(saved.get("quantize_vision")))
         left = load_into(network, tensors, dtype=dtype, device=device, rules=rules)
     elif quantization is not None:
         left = load_quantized(

@@ -102,9 +102,8 @@ def is_saved_int8(config: dict[str, Any]) -> bool:
     return isinstance(saved, dict) and saved.get("quant_method") == METHOD
 
 
-def prepare_saved_int8(network: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Replace the layers of a network on the meta device that a saved int8 network has quantised, for `load_into`."""
-    quantize_vision = bool(config["quantization_config"].get("quantize_vision"))
+def replace_by_int8(network: nn.Module, dtype: torch.dtype, *, quantize_vision: bool = False) -> None:
+    """Put empty int8 layers into a network on the meta device, for weights that are stored in int8."""
     for name in quantized_layers(network, quantize_vision=quantize_vision):
         _replace(network, name, _empty_int8(network.get_submodule(name), dtype))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from lavish.inference.hf_quantizer import register_int8
 from lavish.models import FAMILIES
 from lavish.processors.tokenizers import SentencePieceTokenizer
 
@@ -15,6 +16,7 @@ def register() -> None:
     Calling it again changes nothing; `lavish.load` calls it. A registered class wins over a folder's `auto_map`,
     whatever `trust_remote_code` says. Released CogVLM folders have no `model_type` and load with `lavish.load` only.
     """
+    register_int8()
     for family in FAMILIES:
         config, model = family.config_class, family.model_class
         AutoConfig.register(family.model_type, config, exist_ok=True)
