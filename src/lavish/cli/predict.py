@@ -1,0 +1,304 @@
+"""`lavish predict`: one question on one image, or many into a JSONL file."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lavish.cli.terminal import Progress, console, human_seconds, say, say_error
+from lavish.common.errors import ConfigError, LavishError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
+    from lavish.cli.questions import Answers, Question
+    from lavish.inference.vlm import VLM, Reply
+
+FAILED = 1
+SHOWN_FAILURES = 20
+ANSWER, LOADING = "Answer", "Load"
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder, hub id (org/name), or a name of [bold]lavish zoo[/bold]; without it the bundled model.",
+        ),
+    ] = None,
+    inputs: Annotated[
+        str | None, typer.Argument(metavar="INPUT", show_default=False, help="The same as --input.")
+    ] = None,
+    image: Annotated[str | None, typer.Option("--image", "-i", metavar="FILE", help="One image: path or URL.")] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            "--question", "--prompt", "-q", metavar="TEXT", help="What to ask; in a JSONL the lines may say it."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--input", metavar="PATH", help="Folder of images, glob in quotes, or JSONL: many questions."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSONL of the answers; default: stdout.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Questions computed together.")] = 4,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run into the same file.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew if --output exists.")] = False,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch images that a JSONL names by https URL.")
+    ] = False,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", rich_help_panel=ANSWER, help="Prompt format: chat, vqa or base; default: the model's."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=ANSWER, help="Most tokens of an answer; default 2048."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="N", rich_help_panel=ANSWER, help="Above 0 draws; default: the likeliest words."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P", rich_help_panel=ANSWER, help="Draw among the likeliest words up to this probability."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, metavar="N", rich_help_panel=ANSWER, help="Draw among this many words.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", rich_help_panel=ANSWER, help="Same seed, same draw.")
+    ] = None,
+    grounding: Annotated[
+        bool | None,
+        typer.Option(
+            "--grounding/--no-grounding", rich_help_panel=ANSWER, help="Read boxes; default: for grounding models."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", show_default=False, rich_help_panel=LOADING, help="auto, bfloat16, float16 or float32."
+        ),
+    ] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", show_default=False, rich_help_panel=LOADING, help="auto, cpu, cuda, cuda:1 or mps."
+        ),
+    ] = "auto",
+    quantization: Annotated[
+        str | None, typer.Option(metavar="NAME", rich_help_panel=LOADING, help="int8, or nf4 with bitsandbytes.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", rich_help_panel=LOADING, help="Where the model's folder has none.")
+    ] = None,
+) -> int:
+    """Ask one question about one image, or one about each of many.
+
+    One: --image and --question; the answer is printed.
+
+    Many: --input is a folder (with its subfolders), a glob, or a JSONL file with a line
+    {"image": "a.png", "question": "...", "id": "any"} for each; image (none: text alone), id, and with --question also
+    question may be left out. Paths are relative to the file, else to the working folder.
+
+    Each input becomes one line of --output, in order: id, image, question, answer, finish_reason, usage, model; boxes
+    where they are read (phrase, boxes in thousandths, boxes_px); or error and error_type instead of the answer. A run
+    that was stopped or killed goes on where it was when it is started again. The exit status is 1 if an input failed.
+    """
+    many = _one_source(inputs, source)
+    if many is not None and image is not None:
+        raise ConfigError("--image is one image and --input are many; give one of them.")
+    if many is None and image is None and question is None:
+        raise ConfigError("Nothing to ask: give --image and --question, or --input. See lavish predict --help.")
+    if many is None and (output or retry_failed or overwrite):
+        raise ConfigError("--output, --retry-failed and --overwrite belong to --input; one answer is printed.")
+    from lavish.cli.questions import Answers, read_questions
+
+    questions = None if many is None else read_questions(many, question)
+    answers = Answers(None if output is None or str(output) == "-" else output)
+    if questions is not None:
+        answers.open(questions, model or "pocket", overwrite=overwrite, retry_failed=retry_failed)
+        if all(item.id in answers.done for item in questions):
+            return _report(answers, questions, 0.0)
+    from lavish.cli.loading import load_model
+    from lavish.inference.options import parse_options
+
+    generation: dict[str, Any] = {
+        "chat_template": template,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "grounding": grounding,
+    }
+    parse_options(generation)
+    if template is not None:
+        from lavish.cli.dialogue import check_template
+
+        check_template(template)
+    vlm = load_model(model, dtype=dtype, device=device, quantization=quantization, tokenizer=tokenizer)
+    if questions is None:
+        _ask_one(vlm, image, question or "", generation)
+        return 0
+    run = Run(vlm, answers, model or "pocket", generation, batch_size, allow_urls=allow_urls)
+    return run.ask_all(questions)
+
+
+def _one_source(inputs: str | None, source: str | None) -> str | None:
+    if inputs is not None and source is not None and inputs != source:
+        raise ConfigError(f"INPUT {inputs} and --input {source} contradict each other; give one.")
+    return inputs or source
+
+
+def _ask_one(vlm: VLM, image: str | None, question: str, generation: dict[str, Any]) -> None:
+    from lavish.cli.dialogue import plain_path
+    from lavish.common.media import open_image
+
+    picture = None if image is None else open_image(plain_path(image), allow_urls=True)  # the user typed it
+    print(vlm.chat(_messages(picture, question), **generation).text)
+
+
+def _messages(image: Any, question: str) -> list[dict[str, Any]]:
+    text = {"type": "text", "text": question}
+    return [{"role": "user", "content": [text] if image is None else [{"type": "image", "image": image}, text]}]
+
+
+class Run:
+    """Many questions, a batch at a time, each answered or failed on its own."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        answers: Answers,
+        model: str,
+        generation: dict[str, Any],
+        batch_size: int,
+        *,
+        allow_urls: bool = False,
+    ):
+        self.vlm, self.answers, self.model, self.generation = vlm, answers, model, generation
+        self.batch_size, self.allow_urls = batch_size, allow_urls
+
+    def ask_all(self, questions: list[Question]) -> int:
+        """Ask what has no line yet, and give the exit status."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        num_done = len(self.answers.done)
+        if num_done:
+            say(f"{num_done} of {len(questions)} are in {self.answers.path} already; going on with the others.")
+        if self.answers.repaired:
+            say("The last line of it was torn when the earlier run was killed; it is asked again.")
+        left = [item for item in questions if item.id not in self.answers.done]
+        progress = Progress(len(questions), num_done)
+        try:
+            with ThreadPoolExecutor(max_workers=4) as pool, progress:
+                for batch, images in self._batches(left, pool):
+                    rows = self._rows(batch, images)
+                    self.answers.write(rows)
+                    self.answers.done.update({row["id"]: row for row in rows})
+                    progress.advance(len(rows), sum("error" in row for row in rows))
+        except KeyboardInterrupt:
+            where = f" {self.answers.path} keeps them; the same command goes on." if self.answers.path else ""
+            say(f"stopped: {len(self.answers.done)} of {len(questions)} are done.{where}")
+            raise
+        finally:
+            self.answers.close()
+        return _report(self.answers, questions, progress.elapsed_s)
+
+    def _batches(self, left: list[Question], pool: Executor) -> Iterator[tuple[list[Question], list[Any]]]:
+        """Give each batch with its opened images; those of the next one are opened while the network computes."""
+        ahead: deque[tuple[list[Question], list[Future[Any]]]] = deque()
+        for start in range(0, len(left), self.batch_size):
+            batch = left[start : start + self.batch_size]
+            ahead.append((batch, [pool.submit(self._open, item) for item in batch]))
+            if len(ahead) > 1:
+                yield _opened(*ahead.popleft())
+        if ahead:
+            yield _opened(*ahead.popleft())
+
+    def _open(self, item: Question) -> Any:
+        """Give the image, None where there is none to see, or the error."""
+        from lavish.common.errors import DataError
+        from lavish.common.media import open_image
+
+        if item.problem is not None:
+            return DataError(item.problem)
+        try:
+            return None if item.image is None else open_image(item.image, allow_urls=self.allow_urls)
+        except LavishError as error:
+            return error
+
+    def _rows(self, batch: list[Question], images: list[Any]) -> list[dict[str, Any]]:
+        """Answer a batch; if it fails as a whole, each question alone, so that one does not cost the others."""
+        good = [place for place, image in enumerate(images) if not isinstance(image, LavishError)]
+        outcomes: dict[int, Any] = {place: image for place, image in enumerate(images) if place not in good}
+        conversations = {place: _messages(images[place], batch[place].question) for place in good}
+        replies = self._try(list(conversations.values()))
+        if isinstance(replies, list):
+            outcomes.update(zip(good, replies, strict=True))
+        elif len(good) == 1:
+            outcomes[good[0]] = replies
+        else:
+            for place, messages in conversations.items():
+                reply = self._try([messages])
+                outcomes[place] = reply[0] if isinstance(reply, list) else reply
+        return [self._row(item, outcomes[place], images[place]) for place, item in enumerate(batch)]
+
+    def _try(self, conversations: list[Any]) -> list[Reply] | Exception:
+        import torch
+
+        try:
+            return self.vlm.batch(conversations, batch_size=self.batch_size, **self.generation) if conversations else []
+        except (LavishError, torch.OutOfMemoryError) as error:
+            return error
+
+    def _row(self, item: Question, outcome: Any, image: Any) -> dict[str, Any]:
+        row: dict[str, Any] = {"id": item.id, "image": item.image, "question": item.question}
+        if isinstance(outcome, Exception):
+            message = str(outcome).removeprefix("Conversation 0 of 1: ")
+            return {**row, "error": message, "error_type": type(outcome).__name__, "model": self.model}
+        row |= {"answer": outcome.text, "finish_reason": outcome.finish_reason}
+        if outcome.boxes:
+            row["boxes"] = [
+                {
+                    "phrase": entry.phrase,
+                    "boxes": [list(box) for box in entry.boxes],
+                    "boxes_px": [] if image is None else [list(box.pixels(image.size)) for box in entry.boxes],
+                }
+                for entry in outcome.boxes
+            ]
+        usage = outcome.usage
+        row["usage"] = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+        return {**row, "model": self.model}
+
+
+def _opened(batch: list[Question], images: list[Future[Any]]) -> tuple[list[Question], list[Any]]:
+    return batch, [image.result() for image in images]
+
+
+def _report(answers: Answers, questions: list[Question], seconds: float) -> int:
+    """Say what came of all inputs, list the failed ones, and give the exit status."""
+    rows = [answers.done[item.id] for item in questions]
+    failures = [row for row in rows if "error" in row]
+    where = f" -> {answers.path}" if answers.path else ""
+    say(f"{len(rows) - len(failures)} answered, {len(failures)} failed, in {human_seconds(seconds)}{where}")
+    for row in failures[:SHOWN_FAILURES]:
+        say_error(f"{row['id']}: {row['error']}")
+    if len(failures) > SHOWN_FAILURES:
+        console(stderr=True).print(f"and {len(failures) - SHOWN_FAILURES} more; their lines have the field error")
+    return FAILED if failures else 0

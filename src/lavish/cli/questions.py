@@ -1,0 +1,241 @@
+"""The inputs and outputs of `lavish predict`: what is asked, and the JSONL file of answers that a killed run goes on.
+
+No torch, no model: images are only named here.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from lavish.cli.dialogue import IMAGE_SUFFIXES, is_url
+from lavish.common.errors import DataError, did_you_mean
+
+FIELDS = ("image", "question", "id")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One input: `id` is unique in a run, `image` is a path, a URL or None. `problem` says why it cannot be asked."""
+
+    id: str | int
+    image: str | None
+    question: str
+    problem: str | None = None
+
+
+def read_questions(source: str, question: str | None) -> list[Question]:
+    """Read what stands behind --input: a folder of images (with its subfolders), a glob, a JSONL file, or one image.
+
+    The id is the path in the folder or as the glob found it, in a JSONL file the field `id` or else the line's number.
+
+    Raises:
+        DataError: nothing there, no image or line found, two inputs of one id, or no question.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = _from_paths(sorted(_images(path)), question, source, folder=path)
+    elif path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
+        found = _from_lines(path, question)
+    elif path.is_file():
+        found = _from_paths([path], question, source)
+    elif glob.has_magic(source):
+        names = sorted(glob.glob(str(path), recursive=True))
+        found = _from_paths([Path(name) for name in names if os.path.isfile(name)], question, source)
+    else:
+        raise DataError(
+            f"{source}: no such file or folder. Give a folder of images, a glob in quotes, or a JSONL file."
+        )
+    if not found:
+        raise DataError(f"{source}: no image found ({', '.join(IMAGE_SUFFIXES)}).")
+    counts = Counter(item.id for item in found)
+    twice = [key for key, count in counts.items() if count > 1]
+    if twice:
+        raise DataError(f"{source}: {counts[twice[0]]} inputs have the id {twice[0]!r}; ids must differ.")
+    return found
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        inside = path.relative_to(folder).parts
+        if (
+            path.suffix.lower() in IMAGE_SUFFIXES
+            and path.is_file()
+            and not any(part.startswith(".") for part in inside)
+        ):
+            yield path
+
+
+def _from_paths(paths: list[Path], question: str | None, source: str, folder: Path | None = None) -> list[Question]:
+    if question is None:
+        raise DataError(f"{source}: images and no question; give --question.")
+    return [Question((path.relative_to(folder) if folder else path).as_posix(), str(path), question) for path in paths]
+
+
+def _from_lines(path: Path, question: str | None) -> list[Question]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}). Inputs are images or JSONL.") from error
+    found = [_from_line(path, number, line, question) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DataError(f'{path}: no line in it. A line is {{"image": "a.png", "question": "...", "id": ...}}.')
+    return found
+
+
+def _from_line(path: Path, number: int, line: str, question: str | None) -> Question:
+    """Read one line; what is wrong with it becomes its `problem`, so that the others are still asked."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Question(number, None, "", f"{path.name}, line {number}: no JSON ({error})")
+    if not isinstance(fields, dict):
+        return Question(number, None, "", f"{path.name}, line {number}: {type(fields).__name__}, not an object")
+    key, image, asked = fields.get("id"), fields.get("image"), fields.get("question", question)
+    key = number if isinstance(key, bool) or not isinstance(key, str | int) else key
+    problem = None
+    if image is not None and not isinstance(image, str):
+        problem, image = f"image is {type(image).__name__}; it must be a path", None
+    if not isinstance(asked, str):
+        hint = "".join(did_you_mean(name, FIELDS) for name in fields if name not in FIELDS)
+        problem, asked = f"no question; the line has {', '.join(map(repr, fields))}.{hint}", ""
+    if image is not None and not is_url(image) and not image.startswith("data:"):
+        image = _place(image, path.parent)
+    return Question(key, image, asked, problem and f"{path.name}, line {number}: {problem}")
+
+
+def _place(image: str, folder: Path) -> str:
+    """Give the path of an image of a JSONL file: beside the file, else in the working folder."""
+    path = Path(image).expanduser()
+    beside = folder / path
+    return str(path if path.is_absolute() or (not beside.exists() and path.exists()) else beside)
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """The JSONL file of answers: one line an input, whole lines only, and never a line twice.
+
+    A run that was killed left at most one torn line at the end; `open` removes it and knows which inputs are done.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.done: dict[str | int, dict[str, Any]] = {}
+        self.repaired = False
+        self._file: TextIO | None = None
+
+    def open(self, questions: Iterable[Question], model: str, *, overwrite: bool, retry_failed: bool) -> None:
+        """Read what an earlier run wrote, and get ready to append.
+
+        Raises:
+            DataError: the file is no file of answers, or holds those of another model or other questions.
+        """
+        if self.path is None:
+            return
+        if overwrite:
+            self._write_anew([])
+        elif self.path.exists():
+            rows = self._read()
+            self._check({item.id: item for item in questions}, model, rows)
+            if retry_failed and any("error" in row for row in rows):
+                rows = [row for row in rows if "error" not in row]
+                self._write_anew(rows)
+            self.done = {row["id"]: row for row in rows}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written ({error.strerror or error}).") from error
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows and hand them to the system, so that a kill loses none of them.
+
+        Raises:
+            DataError: the file cannot be written; what is in it stays.
+        """
+        text = "".join(map(_line, rows))
+        try:
+            if self._file is None:
+                print(text, end="", flush=True)
+            else:
+                self._file.write(text)
+                self._file.flush()
+        except OSError as error:
+            where, why = self.path or "stdout", error.strerror or error
+            raise DataError(f"{where}: cannot be written ({why}). What is in it stays; run again to go on.") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self) -> list[dict[str, Any]]:
+        path = self.path
+        if path is None:
+            return []
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # a line that was torn by a kill; it is asked again
+            self.repaired = True
+            with path.open("r+b") as file:
+                file.truncate(whole)
+        rows = []
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or not isinstance(row.get("id"), str | int):
+                raise DataError(
+                    f"{path}, line {number}: no answer of `lavish predict`. Give another --output, or --overwrite."
+                )
+            rows.append(row)
+        return rows
+
+    def _check(self, questions: Mapping[str | int, Question], model: str, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            asked = questions.get(row["id"])
+            if asked is None:
+                why = f"holds the id {row['id']!r}, which is not among the inputs"
+            elif (row.get("image"), row.get("question")) != (asked.image, asked.question):
+                why = f"has another image or question for the id {row['id']!r}"
+            elif row.get("model") != model:
+                why = f"holds answers of {row.get('model')!r}, and {model!r} was asked"
+            else:
+                continue
+            raise DataError(f"{self.path}: {why}. Give another --output, or --overwrite to start anew.")
+
+    def _write_anew(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the file in one step, so that a kill leaves the old or the new one."""
+        if self.path is None:
+            return
+        text = "".join(map(_line, rows))
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """Give a row as a line of JSON; half a character that an input held is written as its escape."""
+    text = json.dumps(row, ensure_ascii=False)
+    return (text if _is_whole(text) else json.dumps(row)) + "\n"
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
