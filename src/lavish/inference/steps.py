@@ -107,6 +107,7 @@ class CogVLMSteps:
             attention_mask=attention_mask,
             routing=ExpertRouting.from_token_type_ids(new_types, attention_mask),
             past_key_values=cache,
+            is_last_only=True,
         )
         mask = None if attention_mask is None else attention_mask.bool()
         return self._logits(hidden_states), DecodeState(position_ids[:, -1:] + 1, mask)
