@@ -90,9 +90,8 @@ def test_5_gelu_is_exact(family, monkeypatch):
 
 @BOTH
 def test_5_biases_are_where_the_release_has_them(family):
-    biased = {
-        name.split(".", 3)[-1] for name in golden(family).weights() if "model.layers.0" in name and "bias" in name
-    }
+    names = [name for name in golden(family).weights() if name.startswith("model.layers.0.")]
+    biased = {name.split(".", 3)[-1] for name in names if name.endswith("bias")}
     assert biased == ({"self_attn.vision_expert_query_key_value.bias"} if family == "cogvlm2" else set())
     network = golden(family).network()
     for layer in network.model.vision.transformer.layers:
@@ -118,11 +117,15 @@ def test_5_rotary_in_half_precision_is_float32_arithmetic():
 
 
 def test_5_rms_norm_multiplies_before_the_cast():
-    norm, states = RMSNorm(64, 1e-5).bfloat16(), torch.randn(50, 64).bfloat16()
+    norm, states = RMSNorm(64, 1e-5).bfloat16(), torch.randn(100, 64).bfloat16()
     torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)
     exact = states.float() * torch.rsqrt(states.float().pow(2).mean(-1, keepdim=True) + 1e-5)
-    assert torch.equal(norm(states), (exact * norm.weight.float()).bfloat16())
-    assert not torch.equal(norm(states), exact.bfloat16() * norm.weight)  # Llama's order
+    expected = (exact * norm.weight.float()).bfloat16()
+    assert torch.equal(norm(states), expected)
+    with torch.no_grad():  # few tokens, and the way without temporaries for many
+        assert torch.equal(norm(states[:5]), expected[:5])
+        assert (norm(states) == expected).float().mean() > 0.999  # the last bit of a float32 sum may turn a rounding
+    assert (exact.bfloat16() * norm.weight == expected).float().mean() < 0.8  # Llama's order
 
 
 # -- 6, 7, 8: padding --------------------------------------------------------------------------------------------------

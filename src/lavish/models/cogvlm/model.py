@@ -31,7 +31,17 @@ from lavish.models.cogvlm.routing import (
 )
 from lavish.nn.eva2_clip import EVA2CLIPModel
 
+MANY_TOKENS = 64  # from here on a norm saves memory traffic, below it (a decoding step) it saves calls
+
 __all__ = ["CogVLMForCausalLM", "CogVLMModel", "ExpertRouting", "position_ids_from", "vision_expert_mask"]
+
+
+def _is_in_place_allowed() -> bool:
+    """Whether results may be overwritten: no gradient is kept, and no compiler is there to fuse by itself.
+
+    In eager mode on a CPU fresh memory costs up to ten times the arithmetic of these steps (page faults).
+    """
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 # -- rotary embedding --------------------------------------------------------------------------------------------------
@@ -56,7 +66,12 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     """Turn (batch, seq, heads, head_dim) by (batch, seq, 1, head_dim / 2): halves, not pairs; arithmetic in float32."""
     cos, sin = cos.float(), sin.float()
     first, second = states.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    if not _is_in_place_allowed():
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(states.dtype)
+    turned = torch.empty(states.shape, dtype=torch.float32, device=states.device)
+    low, high = turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=high).addcmul_(first, sin)
     return turned.to(states.dtype)
 
 
@@ -83,8 +98,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
-        return normed.to(hidden_states.dtype)
+        states = hidden_states.float()
+        if not _is_in_place_allowed() or states.shape[0] < MANY_TOKENS:
+            return F.rms_norm(states, self.weight.shape, self.weight.float(), self.eps).to(hidden_states.dtype)
+        mean_square = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(states.shape[-1])
+        normed = states * mean_square.add_(self.eps).rsqrt_()  # the same without a full-size temporary
+        return normed.mul_(self.weight.float()).to(hidden_states.dtype)
 
 
 def attend(
@@ -146,8 +165,7 @@ class Attending:
 class VisionExpertAttention(nn.Module):
     """Attention in which text and image tokens have projections of their own and see one another.
 
-    Rows of the fused projection: q (heads), k (kv heads), v (kv heads), no interleaving. CogVLM2 has a bias on the
-    image expert's only.
+    Rows of a fused projection: q (heads), k, v (kv heads), not interleaved. CogVLM2's image expert alone has a bias.
     """
 
     def __init__(self, config: CogVLMConfig, layer_idx: int):
@@ -198,11 +216,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = F.silu(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
+        return self.down_proj(gate.mul_(up) if _is_in_place_allowed() else gate * up)
 
 
 class VisionExpertMLP(nn.Module):
-    """One MLP for each stream."""
+    """One MLP a stream."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -369,13 +388,10 @@ class CogVLMModel(nn.Module):
 
 @dataclass
 class CogVLMOutputWithPast(CausalLMOutputWithPast):
-    """transformers' output, and what the next step needs.
-
-    rope_deltas: (batch, 1), cache slots so far minus the next rotary position (an image takes `num_image_tokens` slots
-    and 3 positions).
-    """
+    """transformers' output, and what the next step needs."""
 
     rope_deltas: torch.Tensor | None = None
+    """(batch, 1), cache slots so far minus the next position: an image takes `num_image_tokens` slots, 3 positions."""
 
 
 class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
@@ -577,10 +593,7 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def causal_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross entropy over the label tokens of the batch; 0 where there is none.
-
-    Shapes: (batch, seq, vocab), (batch, seq) -> ().
-    """
+    """Give the mean next-token cross entropy over the label tokens (batch, seq) of the batch; 0 where there is none."""
     targets = labels[:, 1:].to(logits.device)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     return loss / (targets != -100).sum().clamp(min=1)
