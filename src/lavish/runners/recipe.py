@@ -2,109 +2,155 @@
 
     model:     {arch: cogvlm, config: {...}}          fields of the network's config.json
     datasets:  {scenes: {...}}
-    run:       {task: scenes, ...}                     lavish.runners.schema.RunConfig
-    stages:    [{name: tower, run: {...}, task: {...}}, ...]     optional; each stage is a run in <run.output_dir>/<name>
+    task:      {...}                                  settings of the task that run.task names
+    run:       {task: scenes, ...}                    lavish.runners.schema.RunConfig
+    stages:    [{name: tower, run: {...}, task: {...}}, ...]    optional; each is a run in <run.output_dir>/<name>
 
-A stage's sections are layered over the shared ones. The whole recipe is checked before anything heavy starts, and the merged file is saved
-beside the run's outputs. A stage that is complete is not run again; one that was killed continues from its newest checkpoint.
+A stage's sections are layered over the shared ones. The whole recipe is checked before anything heavy starts, and the
+merged file is saved beside the run's outputs. A stage that is complete is not run again; one that was killed continues
+from its newest checkpoint.
 """
 
+import hashlib
+import json
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
-import lavish
+from lavish import __version__
+from lavish.checkpoints import hub
 from lavish.common import config as configs
-from lavish.common.errors import ConfigError
+from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
 from lavish.common.registry import registry
-from lavish.inference.load import load
+from lavish.inference.load import POCKET, load
+from lavish.inference.placement import resolve_device
 from lavish.runners.runner_base import Progress, RunnerBase
 from lavish.runners.schema import RunConfig
 from lavish.tasks.base_task import BaseTask
 
-DONE_FILE = "done.json"
-Report = Callable[[str, RunnerBase], Progress]
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, DONE_FILE, METRICS_FILE = "config.yaml", "done.json", "metrics.json"
+CHANGEABLE = ("output_dir", "device", "num_threads", "num_workers", "compile", "log_freq", "save_freq")
+"""Keys of `run:` that a resumed run may have otherwise: they change how it runs, not what it gives."""
+
+
+class Report(Protocol):
+    """What a caller of `train` hears of."""
+
+    def started(self, stage: str, runner: RunnerBase) -> Progress:
+        """A stage starts or goes on; gives the callback for its steps."""
+        ...
+
+    def finished(self, stage: str, folder: Path, cost: "Cost", *, is_new: bool) -> None:
+        """A stage is complete, now (`is_new`) or since an earlier call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a finished stage took, over all the processes that it ran in."""
+
+    num_samples: int
+    steps: int
+    wall_seconds: float
+    cpu_seconds: float
 
 
 @dataclass
 class Stage:
     """One run of a recipe."""
 
-    name: str = field(metadata={"help": "Folder of the stage below run.output_dir."})
-    run: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys layered over the recipe's `run:`."})
-    task: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys layered over the recipe's `task:`."})
-    datasets: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Keys layered over the recipe's `datasets:`."}
-    )
+    name: str
+    """Folder of the stage below run.output_dir."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Keys layered over the recipe's `run:`."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """Keys layered over the recipe's `task:`."""
+    datasets: dict[str, Any] = field(default_factory=dict)
+    """Keys layered over the recipe's `datasets:`."""
 
 
 @dataclass
 class Recipe:
     """The sections of a recipe file."""
 
-    model: dict[str, Any] = field(default_factory=dict, metadata={"help": "The network: `arch` and its config."})
-    datasets: dict[str, Any] = field(default_factory=dict, metadata={"help": "One section a dataset."})
-    task: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the task that `run.task` names."})
-    run: RunConfig = field(default_factory=RunConfig, metadata={"help": "How the run trains."})
-    stages: list[Stage] = field(default_factory=list, metadata={"help": "Runs that follow one another."})
+    model: dict[str, Any] = field(default_factory=dict)
+    """The network: `arch` and its config; in an evaluation `path` and `dtype`."""
+    datasets: dict[str, Any] = field(default_factory=dict)
+    """One section a dataset."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """Settings of the task that `run.task` names."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """How the run trains."""
+    stages: list[Stage] = field(default_factory=list)
+    """Runs that follow one another."""
 
 
 @dataclass
 class EvaluatedModel:
     """The `model:` section of an evaluation."""
 
-    path: str | None = field(default=None, metadata={"help": "Folder or hub id; none: the bundled pocket model."})
-    dtype: str = field(default="auto", metadata={"help": "As of `lavish.load`."})
+    path: str | None = None
+    """Folder or hub id; none: the bundled pocket model."""
+    dtype: str = "auto"
+    """As of `lavish.load`."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> DictConfig:
-    """Read a recipe, layer dotted overrides over it and check its sections' keys and types.
+    """Read a recipe, layer dotted overrides over it, check keys and types, and fill in the defaults of `run:`.
 
     Raises:
         ConfigError: unknown key, wrong type, or a file that is not a recipe.
     """
     merged = configs.merge(configs.load_yaml(path), configs.parse_overrides(overrides or []))
-    configs.check(merged, Recipe)
-    return merged
+    checked = configs.check(merged, Recipe)
+    return configs.merge({"run": asdict(checked.run)}, merged)
 
 
 def stage_configs(recipe: DictConfig) -> list[tuple[str, DictConfig]]:
-    """Give (name, merged config) of each run of the recipe; a recipe without `stages` is one run."""
+    """Give (name, merged config) of each run of the recipe; one without `stages` is one run, in run.output_dir itself.
+
+    Raises:
+        ConfigError: a stage's name is no plain folder name, or there twice.
+    """
     shared = OmegaConf.create({key: value for key, value in recipe.items() if key != "stages"})
     if not recipe.get("stages"):
         return [("run", shared)]
-    named = []
+    named: dict[str, DictConfig] = {}
     for stage in recipe.stages:
+        name = str(stage.name)
+        if name in named or name != Path(name).name or name.startswith("."):
+            raise ConfigError(f"The stage name {name!r} is taken or no plain folder name; give each stage its own.")
         merged = configs.merge(shared, {key: value for key, value in stage.items() if key != "name"})
-        merged.run.output_dir = str(Path(recipe.run.output_dir) / stage.name)
-        named.append((str(stage.name), merged))
-    return named
+        merged.run.output_dir = str(Path(recipe.run.output_dir) / name)
+        named[name] = merged
+    return list(named.items())
 
 
 def setup_task(config: DictConfig) -> BaseTask:
     """Check one merged stage and build its task.
 
     Raises:
-        ConfigError: no or unknown `run.task` or `run.runner`, or whatever the task finds wrong.
+        ConfigError: no or unknown `run.task` or `run.runner`, no such device, or whatever the task finds wrong.
     """
-    recipe = configs.check(config, Recipe)
-    registry.get_runner_class(recipe.run.runner)
-    if not recipe.run.task:
+    run = configs.check(config, Recipe).run
+    registry.get_runner_class(run.runner)
+    resolve_device(run.device)
+    if not run.task:
         raise ConfigError("The recipe has no run.task; name one, for example `run: {task: scenes}`.")
-    return registry.get_task_class(recipe.run.task).setup_task(config)
+    return registry.get_task_class(run.task).setup_task(config)
 
 
-def train(recipe: DictConfig, *, only: str | None = None, report: Report | None = None) -> list[Path]:
-    """Run every stage of the recipe (or `only` one) and give their folders.
-
-    All stages are checked before the first starts. `report(stage, runner)` is called when a stage starts and gives its
-    progress callback.
+def check(recipe: DictConfig, *, only: str | None = None) -> list[tuple[str, DictConfig]]:
+    """Check every stage of the recipe as far as that needs nothing heavy; give those to run, as `stage_configs` does.
 
     Raises:
         ConfigError: the recipe is wrong, or `only` names no stage of it.
@@ -112,56 +158,130 @@ def train(recipe: DictConfig, *, only: str | None = None, report: Report | None 
     stages = stage_configs(recipe)
     names = [name for name, _ in stages]
     if only is not None and only not in names:
-        raise ConfigError(f"The recipe has no stage {only!r}; its stages are {', '.join(names)}.")
+        raise ConfigError(
+            f"The recipe has no stage {only!r}.{did_you_mean(only, names)} Its stages are {', '.join(names)}."
+        )
     for _, config in stages:
-        setup_task(config)
-    return [_run_stage(name, config, report) for name, config in stages if only in (None, name)]
+        setup_task(config).check_training()
+    return [(name, config) for name, config in stages if only in (None, name)]
+
+
+def train(recipe: DictConfig, *, only: str | None = None, report: Report | None = None) -> dict[str, Path]:
+    """Run every stage of the recipe, or `only` one, and give their folders by name; all are checked before the first.
+
+    Raises:
+        ConfigError: the recipe is wrong, `only` names no stage of it, or a stage starts from one that is not finished.
+        CheckpointError: a folder holds a run of another model.
+    """
+    return {name: _run_stage(name, config, report) for name, config in check(recipe, only=only)}
 
 
 def _run_stage(name: str, config: DictConfig, report: Report | None) -> Path:
     folder = Path(config.run.output_dir)
-    if (folder / DONE_FILE).exists():
-        return folder
-    run = configs.check(config, Recipe).run
-    task = setup_task(config)
-    runner = registry.get_runner_class(run.runner)(run, task, task.build_model(), task.build_datasets())
-    configs.save(config, folder / "config.yaml")
-    runner.progress = report(name, runner) if report else None
-    runner.train()
-    task.finish(runner.model, folder)
-    cost = {
-        "num_samples": runner.step * runner.samples_per_step,
-        "steps": runner.step,
-        "wall_seconds": round(runner.seconds, 1),
-        "cpu_seconds": round(runner.cpu_seconds, 1),
-    }
-    configs.write_json(cost, folder / DONE_FILE)
+    _warn_of_changes(config, folder)
+    cost = read_cost(folder)
+    is_new = cost is None
+    if cost is None:
+        run = configs.check(config, Recipe).run
+        task = setup_task(config)
+        model = task.build_model()
+        runner: RunnerBase = registry.get_runner_class(run.runner)(run, task, model, task.build_datasets())
+        configs.save(config, folder / CONFIG_FILE)
+        runner.progress = report.started(name, runner) if report else None
+        runner.train()
+        task.finish(runner.model, folder)
+        seconds = round(runner.seconds, 1), round(runner.cpu_seconds, 1)
+        cost = Cost(runner.num_samples, runner.step, *seconds)
+        configs.write_json(asdict(cost), folder / DONE_FILE)
+    if report:
+        report.finished(name, folder, cost, is_new=is_new)
     return folder
 
 
-def evaluate(recipe: DictConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Score the model of `model.path` (none: the bundled pocket model) with the recipe's task.
+def read_cost(folder: Path) -> Cost | None:
+    """Give what a run took, or None while it is not complete.
 
-    Writes `metrics.json` (scores and what they were measured with) and `config.yaml` into run.output_dir.
+    Raises:
+        CheckpointError: the file that says so is damaged.
     """
-    checked = configs.check(recipe, Recipe)
+    path = folder / DONE_FILE
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Cost(**{name: values[name] for name in Cost.__dataclass_fields__})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it, and the run is finished anew.") from error
+
+
+def _warn_of_changes(config: DictConfig, folder: Path) -> None:
+    """Warn where a folder was begun with other settings: what is there is kept, and goes on under the new ones."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        return
+    before, now = _flat(configs.load_yaml(path)), _flat(config)
+    ignored = {f"run.{name}" for name in CHANGEABLE}
+    changed = [
+        f"{key}: {before[key]!r} -> {now[key]!r}"
+        for key in before
+        if key in now and before[key] != now[key] and key not in ignored
+    ]
+    if changed:
+        logger.warning(
+            "%s was begun with other settings (%s). What is finished there stays as it is, and the rest goes on with "
+            "the new ones; delete the folder, or set another run.output_dir, to start anew.",
+            folder,
+            "; ".join(changed),
+        )
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, DictConfig):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def evaluate(recipe: DictConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Score the model of `model.path` (none: the bundled pocket model) with the recipe's task and give the summary.
+
+    Writes `metrics.json` (the summary, and as `record` what was measured, and with what) and `config.yaml` into
+    run.output_dir, beside what the task writes there.
+
+    Raises:
+        ConfigError: the recipe is wrong.
+        CheckpointError: the model cannot be loaded.
+    """
+    run = configs.check(recipe, Recipe).run
     source = configs.check(recipe.get("model") or {}, EvaluatedModel, "model")
     task = setup_task(recipe)
-    vlm = load(source.path, dtype=source.dtype, device=checked.run.device)
-    folder = Path(checked.run.output_dir)
-    configs.save(recipe, folder / "config.yaml")
+    weights = POCKET if source.path is None else hub.resolve(source.path)
+    vlm = load(source.path, dtype=source.dtype, device=run.device)
+    folder = Path(run.output_dir)
+    configs.save(recipe, folder / CONFIG_FILE)
     started = time.perf_counter()
-    summary = task.evaluation(vlm, folder, checked.run.batch_size_eval, progress)
+    summary = task.evaluation(vlm, folder, run.batch_size_eval, progress)
+    weight = next(vlm.model.parameters())
     record = {
-        "model": source.path or "the bundled pocket model",
-        "dtype": str(next(vlm.model.parameters()).dtype).removeprefix("torch."),
-        "device": str(next(vlm.model.parameters()).device),
+        "model": source.path or "pocket",
+        "weights_sha256": weights_sha256(weights),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": str(weight.device),
         "wall_seconds": round(time.perf_counter() - started, 1),
-        "versions": {
-            "lavish": lavish.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "datasets": OmegaConf.to_container(recipe.get("datasets") or OmegaConf.create({}), resolve=True),
+        "versions": {"lavish": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    configs.write_json({**summary, "record": record}, folder / "metrics.json")
+    configs.write_json({**summary, "record": record}, folder / METRICS_FILE)
     return summary
+
+
+def weights_sha256(folder: Path) -> str:
+    """Give the digest of a model folder's weight files, names and bytes, by which a score is known to be of them."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -1,60 +1,65 @@
-"""The plain training loop: one process, one device, exact resume. `RunnerBase` counts epochs; `runner_iter.py` counts steps.
+"""The plain training loop: one process, one device, exact resume. `RunnerBase` counts epochs, `RunnerIter` steps.
 
-What a step computes belongs to the task; what the data is, to the dataset. Sample order is a function of (seed, epoch) alone, so a run
-that was killed continues with the samples that it would have seen.
+What a step computes belongs to the task; what the data is, to the dataset. Sample order is a function of (seed, epoch)
+alone, and the random states are part of a checkpoint, so a run that was killed continues as if it had not been.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lavish.common.errors import ConfigError
+from lavish.common.errors import CheckpointError, ConfigError
+from lavish.inference.placement import resolve_device
 from lavish.runners.optim import build_optimizer, lr_schedule
 from lavish.runners.run_folder import RunFolder
 from lavish.runners.schema import RunConfig
-from lavish.tasks.base_task import BaseTask
+from lavish.tasks.base_task import BaseTask, TrainingData
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
 
-class _FixedOrder(torch.utils.data.Sampler):
-    """Indices of samples `first`, `first + 1` ... of an endless stream of shuffled epochs."""
+def micro_batches(span: range, batch_size: int) -> list[range]:
+    """Cut the samples of one optimizer step into those of its forward passes; the last one may be smaller."""
+    return [span[start : start + batch_size] for start in range(0, len(span), batch_size)]
 
-    def __init__(self, num_samples: int, seed: int, first: int, count: int):
-        self.num_samples, self.seed, self.first, self.count = num_samples, seed, first, count
 
-    def __len__(self) -> int:
-        return self.count
+class _ShuffledEpochs(Sampler[list[int]]):
+    """Sample indices of each forward pass: positions in an endless stream of epochs, each shuffled by (seed, epoch)."""
 
-    def __iter__(self) -> Iterator[int]:
+    def __init__(self, num_samples: int, seed: int, passes: Iterable[range]):
+        self.num_samples, self.seed, self.passes = num_samples, seed, passes
+
+    def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, torch.empty(0, dtype=torch.long)
-        for position in range(self.first, self.first + self.count):
-            if position // self.num_samples != epoch:
-                epoch = position // self.num_samples
-                order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(self.seed + epoch))
-            yield int(order[position % self.num_samples])
-
-
-def pick_device(name: str) -> torch.device:
-    """Turn `run.device` into a torch device; `auto` takes cuda, then mps, then cpu."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        for positions in self.passes:
+            indices = []
+            for position in positions:
+                if position // self.num_samples != epoch:
+                    epoch = position // self.num_samples
+                    generator = torch.Generator().manual_seed(self.seed + epoch)
+                    order = torch.randperm(self.num_samples, generator=generator)
+                indices.append(int(order[position % self.num_samples]))
+            yield indices
 
 
 class RunnerBase:
-    """Train `model` on `datasets["train"]` with the task's step.
+    """Train a module on `datasets["train"]` with the task's step, in epochs that take every sample once.
 
-    Args of the constructor: the typed run config; the task (`train_step(model, samples) -> {"loss": tensor, ...}`); the module to train;
-    datasets by split; `progress(step, num_steps, losses)` is called after each step.
+    Args:
+        run: the typed run config.
+        task: gives the step, `train_step(model, samples) -> {"loss": tensor, ...}`.
+        model: the module to train.
+        datasets: by split.
+        progress: called after each step with (steps done, steps of the run, losses of the step).
+
+    Raises:
+        ConfigError: no training data, nothing trainable, or no such device.
     """
 
     def __init__(
@@ -62,13 +67,15 @@ class RunnerBase:
         run: RunConfig,
         task: BaseTask,
         model: nn.Module,
-        datasets: dict[str, Dataset],
+        datasets: dict[str, TrainingData],
         progress: Progress | None = None,
     ):
         if "train" not in datasets:
             raise ConfigError(f"The recipe's datasets give the splits {sorted(datasets)}, but training needs 'train'.")
+        if not len(datasets["train"]):
+            raise ConfigError("The split 'train' of the recipe's datasets has no samples.")
         self.run, self.task, self.dataset = run, task, datasets["train"]
-        self.device = pick_device(run.device)
+        self.device = resolve_device(run.device)
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
         self.model = model.to(self.device)
@@ -77,15 +84,21 @@ class RunnerBase:
         self.progress = progress
         self.step = 0
         self.seconds = 0.0
+        """Wall time up to the newest checkpoint, over all processes of the run."""
         self.cpu_seconds = 0.0
+        """CPU time of the training process up to the newest checkpoint; loader processes are not in it."""
+
+    # -- how many, and which samples
 
     @property
     def samples_per_step(self) -> int:
+        """Samples of a full optimizer step."""
         return self.run.batch_size_train * self.run.accum_grad_iters
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.dataset) / self.samples_per_step)  # type: ignore[arg-type]
+        """Optimizer steps of one epoch; the last one takes what is left."""
+        return math.ceil(len(self.dataset) / self.samples_per_step)
 
     @property
     def num_steps(self) -> int:
@@ -97,12 +110,33 @@ class RunnerBase:
         """Steps between two checkpoints."""
         return self.run.save_freq * self.steps_per_epoch
 
+    @property
+    def num_samples(self) -> int:
+        """Samples trained on so far, repetitions included."""
+        return self.span(self.step - 1).stop if self.step else 0
+
+    def span(self, step: int) -> range:
+        """Say which positions of the stream of shuffled epochs step `step` (from 0) trains on."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first, end = epoch * len(self.dataset) + place * self.samples_per_step, (epoch + 1) * len(self.dataset)
+        return range(first, min(first + self.samples_per_step, end))
+
+    # -- the loop
+
     def train(self) -> None:
-        """Run to the end, from the newest checkpoint of the folder if there is one."""
-        sums = self._resume()
+        """Run to the end, from the newest checkpoint of the folder if there is one.
+
+        Raises:
+            ConfigError: a schedule that does not fit the run.
+            CheckpointError: the newest checkpoint is damaged, or of another model or optimizer.
+        """
         schedule = lr_schedule(self.run, self.num_steps)
-        step_module = torch.compile(self.model) if self.run.compile else self.model
+        state = self.folder.load_latest(self.model, self.device)
+        sums = self._resume(state)
+        step_module = cast(nn.Module, torch.compile(self.model)) if self.run.compile else self.model
         batches = self._batches()
+        if state is not None:  # not earlier: making the loader draws from torch's generator
+            self._restore_random_states(state)
         started, cpu_started = time.perf_counter(), time.process_time()
         while self.step < self.num_steps:
             self.optimizer.set_lr_scale(schedule(self.step))
@@ -112,13 +146,11 @@ class RunnerBase:
                 sums[name] = sums.get(name, 0.0) + value
             if self.progress:
                 self.progress(self.step, self.num_steps, losses)
-            last = self.step == self.num_steps
-            if self.step % self.run.log_freq == 0 or last:
-                num_logged = (self.step - 1) % self.run.log_freq + 1
-                means = {name: value / num_logged for name, value in sums.items()}
-                self.folder.log({"step": self.step, "lr_scale": schedule(self.step - 1), **means})
+            is_last = self.step == self.num_steps
+            if self.step % self.run.log_freq == 0 or is_last:
+                self._log(sums, schedule(self.step - 1))
                 sums = {}
-            if self.step % self.save_every == 0 or last:
+            if self.step % self.save_every == 0 or is_last:
                 now, cpu_now = time.perf_counter(), time.process_time()
                 self.seconds += now - started
                 self.cpu_seconds += cpu_now - cpu_started
@@ -127,15 +159,18 @@ class RunnerBase:
         self.folder.plot()
 
     def _train_step(self, model: nn.Module, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+        """Make one optimizer step; give the losses as means over its samples."""
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.run.amp else nullcontext()
+        span = self.span(self.step)
         sums: dict[str, float] = {}
-        for _ in range(self.run.accum_grad_iters):
+        for part in micro_batches(span, self.run.batch_size_train):
+            share = len(part) / len(span)
             samples = {key: self._to_device(value) for key, value in next(batches).items()}
             with autocast:
                 losses = self.task.train_step(model, samples)
-            (losses["loss"] / self.run.accum_grad_iters).backward()
+            (losses["loss"] * share).backward()
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.run.accum_grad_iters
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
         if self.run.max_grad_norm > 0:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
             sums["grad_norm"] = float(norm)
@@ -147,38 +182,50 @@ class RunnerBase:
         return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     def _batches(self) -> Iterator[dict[str, Any]]:
-        num_done = self.step * self.samples_per_step
-        count = (self.num_steps - self.step) * self.samples_per_step
-        order = _FixedOrder(len(self.dataset), self.run.seed, num_done, count)  # type: ignore[arg-type]
+        steps, batch_size = range(self.step, self.num_steps), self.run.batch_size_train
+        passes = (part for step in steps for part in micro_batches(self.span(step), batch_size))
         loader = DataLoader(
-            self.dataset,
-            batch_size=self.run.batch_size_train,
-            sampler=order,
+            cast(Dataset[Any], self.dataset),
+            batch_sampler=_ShuffledEpochs(len(self.dataset), self.run.seed, passes),
             num_workers=self.run.num_workers,
-            collate_fn=self.dataset.collater,  # type: ignore[attr-defined]
+            collate_fn=self.dataset.collater,
             pin_memory=self.device.type == "cuda",
         )
         return iter(loader)
 
-    def _resume(self) -> dict[str, float]:
-        """Restore the newest checkpoint; give the sums of the losses since the last line of the log."""
-        state = self.folder.load_latest(self.model, self.device)
+    # -- log, checkpoints, resume
+
+    def _log(self, sums: dict[str, float], lr_scale: float) -> None:
+        num_steps = (self.step - 1) % self.run.log_freq + 1
+        means = {name: value / num_steps for name, value in sums.items()}
+        self.folder.log({"step": self.step, "lr_scale": lr_scale, **means})
+
+    def _resume(self, state: dict[str, Any] | None) -> dict[str, float]:
+        """Take over a checkpoint's state; give the sums of the losses since the last line of the log."""
         if state is None:
-            self.folder.read_log(before_step=0)
+            self.folder.cut_log(0)
             return {}
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.folder.path}: its newest checkpoint is of another optimizer than the recipe's "
+                f"{self.run.optimizer!r} ({error}). Use another run.output_dir, or delete the folder to start anew."
+            ) from error
         self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
+        self.folder.cut_log(self.step)
+        return state["log_sums"]
+
+    def _restore_random_states(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["torch_rng_state"].cpu())
         if self.device.type == "cuda" and "cuda_rng_state" in state:
             torch.cuda.set_rng_state(state["cuda_rng_state"].cpu())
-        self.folder.read_log(before_step=self.step)
-        return state["log_sums"]
 
     def _save(self, sums: dict[str, float]) -> None:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "num_samples": self.step * self.samples_per_step,
+            "num_samples": self.num_samples,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "log_sums": sums,

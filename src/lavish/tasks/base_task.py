@@ -2,27 +2,44 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from omegaconf import DictConfig
 from torch import nn
-from torch.utils.data import Dataset
+
+
+class TrainingData(Protocol):
+    """What a runner trains on: a map-style dataset that also knows how its samples become a batch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def collater(self, samples: list[Any], /) -> dict[str, Any]:
+        """Stack samples into one batch; the tensors among its values are moved to the device."""
+        ...
 
 
 class BaseTask:
-    """Base of the tasks: a subclass gives `setup_task`, `build_model`, `build_datasets`, and what it does differently."""
+    """Base of the tasks.
+
+    A subclass gives `setup_task`, `build_model`, `build_datasets`, and what it does differently.
+    """
 
     @classmethod
     def setup_task(cls, config: DictConfig) -> "BaseTask":
         """Build the task from a merged recipe; wrong settings raise here, before anything heavy starts."""
         return cls()
 
+    def check_training(self) -> None:
+        """Check what only training needs of the recipe; nothing, unless a task knows more. Builds nothing heavy."""
+
     def build_model(self) -> nn.Module:
         """Build the module to train."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its model is built; override build_model().")
 
-    def build_datasets(self) -> dict[str, Dataset]:
-        """Build the datasets by split; each has a `collater(samples) -> batch`."""
+    def build_datasets(self) -> dict[str, TrainingData]:
+        """Build the datasets by split."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it trains on; override build_datasets().")
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Train and score the pocket model on drawn scenes.
 
-Training has three stages, each a run of its own recipe section. `tower`: the vision tower alone, on dense labels of the drawing. `decoder`:
-merge, projector and decoder alone, on text, with a code of the true labels in the tower's place. `joint`: everything, on text, with the dense
-labels kept as an auxiliary loss. Scoring asks held-out questions through the same `lavish.load` and `vlm.batch` that users call.
+Training has three stages, each a run of its own recipe section. `tower`: the vision tower alone, on dense labels of the
+drawing. `decoder`: merge, projector and decoder alone, on text, with a code of the true labels in the tower's place.
+`joint`: everything, on text, with the dense labels kept as an auxiliary loss. Scoring asks held-out questions through
+the same `lavish.load` and `vlm.batch` that users call.
 """
 
 import copy
@@ -11,97 +12,142 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from PIL.Image import Image
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Dataset
+from torch import nn
 
 from lavish.common import config as configs
-from lavish.common.errors import ConfigError
+from lavish.common.errors import ConfigError, MissingKeys, ShapeMismatch, UnexpectedKeys
 from lavish.datasets.scenes.dataset import SceneDataset
 from lavish.datasets.scenes.questions import Question, ask
 from lavish.datasets.scenes.score import score, summarise
-from lavish.datasets.scenes.tokenizer import COORDINATE_BASE, build_tokenizer, save_tokenizer
-from lavish.datasets.scenes.world import draw, sample_scene
+from lavish.datasets.scenes.tokenizer import (
+    BOS_TOKEN_ID,
+    COORDINATE_BASE,
+    EOS_TOKEN_ID,
+    PAD_TOKEN_ID,
+    build_tokenizer,
+    save_tokenizer,
+)
+from lavish.datasets.scenes.world import GRID, draw, sample_scene
 from lavish.inference.vlm import VLM
 from lavish.models import family
+from lavish.models.cogvlm.config import CogVLMConfig
 from lavish.models.cogvlm.model import CogVLMForCausalLM
-from lavish.tasks.base_task import BaseTask
-from lavish.tasks.scenes_learner import STAGES, SceneLearner, initialise
+from lavish.tasks.base_task import BaseTask, TrainingData
+from lavish.tasks.scenes_learner import SceneLearner, check_shape, initialise
 
-LEARNER_FILE = "learner.safetensors"
+LEARNER_FILE, MODEL_FOLDER, ANSWERS_FILE = "learner.safetensors", "model", "answers.jsonl"
+TOWER_PARTS = ("heads.", "network.model.vision.patch_embedding.", "network.model.vision.transformer.")
+"""What the tower stage trains; the decoder stage trains the rest."""
+TOKEN_IDS = {"bos_token_id": BOS_TOKEN_ID, "eos_token_id": EOS_TOKEN_ID, "pad_token_id": PAD_TOKEN_ID}
+MAX_ANSWER_TOKENS = 200  # the longest caption with boxes has about 130
 
 
 @dataclass
 class SceneTaskConfig:
     """The `task:` section of a scenes recipe."""
 
-    stage: str = field(default="joint", metadata={"help": "`tower`, `decoder` or `joint`."})
-    dense_weight: float = field(default=0.1, metadata={"help": "Weight of the dense losses in the joint stage."})
-    code_noise: float = field(
-        default=0.3, metadata={"help": "Standard deviation of the noise on the code, decoder stage."}
-    )
-    attn_implementation: str = field(
-        default="eager",
-        metadata={"help": "`eager` or `sdpa`; at these sizes eager is the faster one in bfloat16 on CPU."},
-    )
-    tower_from: str = field(default="", metadata={"help": "Stage whose tower and dense heads to start from."})
-    decoder_from: str = field(default="", metadata={"help": "Stage whose merge, projector and decoder to start from."})
+    stage: Literal["tower", "decoder", "joint"] = "joint"
+    """What is trained, and on which losses."""
+    dense_weight: float = 0.1
+    """Weight of the dense losses in the joint stage."""
+    code_noise: float = 0.3
+    """Standard deviation of the noise on the code, decoder stage."""
+    attn_implementation: Literal["eager", "sdpa"] = "eager"
+    """How training attends; at these sizes eager is the faster one in bfloat16 on CPU."""
+    tower_from: str = ""
+    """Stage whose tower and dense heads to start from; none: new ones."""
+    decoder_from: str = ""
+    """Stage whose merge, projector and decoder to start from; none: new ones."""
 
 
 @dataclass
 class SceneDataConfig:
     """The `datasets.scenes:` section of a recipe."""
 
-    num_samples: int = field(default=1_000_000, metadata={"help": "Pictures of one training epoch."})
-    seed: int = field(default=1, metadata={"help": "Seed of the training scenes; held-out ones use others."})
-    num_conversations: int = field(default=12, metadata={"help": "Most questions packed behind one picture."})
-    max_text_tokens: int = field(
-        default=240, metadata={"help": "Tokens of all questions and answers behind one picture."}
-    )
-    picture_sizes: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Sides to draw at before the resize to the network's, in pixels; empty: the network's own."},
-    )
-    num_questions: int = field(default=2000, metadata={"help": "Held-out questions of an evaluation."})
-    questions_per_picture: int = field(default=5, metadata={"help": "Questions about one held-out picture."})
-    scene: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of sample_scene."})
+    num_samples: int = 1_000_000
+    """Pictures of one training epoch."""
+    seed: int = 1
+    """Seed of the scenes; an evaluation takes another than training."""
+    num_conversations: int = 12
+    """Most questions packed behind one picture."""
+    max_text_tokens: int = 240
+    """Tokens of all questions and answers behind one picture."""
+    picture_sizes: list[int] = field(default_factory=list)
+    """Sides to draw at before the resize to the network's, in pixels; empty: the network's own (evaluation: 112)."""
+    num_questions: int = 2000
+    """Held-out questions of an evaluation."""
+    questions_per_picture: int = 5
+    """Questions about one held-out picture."""
+    scene: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `sample_scene`: max_items, number_probability."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "num_conversations", "max_text_tokens", "num_questions", "questions_per_picture"):
+            if vars(self)[name] < 1:
+                raise ConfigError(f"{name} is {vars(self)[name]}; it must be at least 1.")
 
 
 class ScenesTask(BaseTask):
-    """The pocket model's training task."""
+    """The pocket model's task: training in stages, and the score of any model on held-out scenes."""
 
     def __init__(self, config: DictConfig):
-        self.task = configs.check(config.get("task") or {}, SceneTaskConfig)
-        self.data = configs.check((config.get("datasets") or {}).get("scenes") or {}, SceneDataConfig)
-        if self.task.stage not in STAGES:
-            raise ConfigError(f"task.stage is {self.task.stage!r}; the stages are {', '.join(STAGES)}.")
-        self.seed = int(config.run.get("seed", 42))
+        self.task = configs.check(config.get("task") or {}, SceneTaskConfig, "task")
+        data = (config.get("datasets") or {}).get("scenes") or {}
+        self.data = configs.check(data, SceneDataConfig, "datasets.scenes")
+        self.seed = int(config.run.seed)
         self.stage_folder = Path(config.run.output_dir)
         self.config = config
 
     @classmethod
     def setup_task(cls, config: DictConfig) -> "ScenesTask":
-        """Build the task from a merged recipe."""
+        """Build the task from a merged recipe.
+
+        Raises:
+            ConfigError: unknown keys or wrong values in `task:` or `datasets.scenes:`.
+        """
         return cls(config)
 
-    def _network_config(self) -> Any:
+    # -- training
+
+    def check_training(self) -> None:
+        """Check `model:`.
+
+        Raises:
+            ConfigError: no network that the stages can train.
+        """
+        self._network_config()
+
+    def _network_config(self) -> CogVLMConfig:
         model = self.config.get("model") or {}
         if model.get("arch") != "cogvlm" or not model.get("config"):
             raise ConfigError(
-                f"The scenes task trains a CogVLM from nothing: it needs model.arch 'cogvlm' and the network's fields in model.config; "
-                f"found arch {model.get('arch')!r} and the sections {', '.join(map(str, model)) or 'none'}."
+                "The scenes task trains a CogVLM from nothing: it needs model.arch 'cogvlm' and the network's fields "
+                f"in model.config; found arch {model.get('arch')!r}, keys {', '.join(map(str, model)) or 'none'}."
             )
-        fields = {**OmegaConf.to_container(model.config), "vocab_size": build_tokenizer().get_vocab_size()}  # type: ignore[dict-item]
+        fields = cast(dict[str, Any], OmegaConf.to_container(model["config"], resolve=True))
+        fields["vocab_size"] = build_tokenizer().get_vocab_size()
         config = family("cogvlm").read_config(fields, "model.config")
+        for name, token_id in TOKEN_IDS.items():
+            if vars(config)[name] != token_id:
+                raise ConfigError(f"model.config.{name} is {vars(config)[name]}; the tokenizer's is {token_id}.")
+        check_shape(config)
         config._attn_implementation = self.task.attn_implementation
         return config
 
     def build_model(self) -> SceneLearner:
-        """Build the network with its starting weights, and take over the parts that earlier stages trained."""
+        """Build the network with its starting weights, and take over the parts that earlier stages trained.
+
+        Raises:
+            ConfigError: an earlier stage has not finished.
+            CheckpointError: an earlier stage trained another network.
+        """
         torch.manual_seed(self.seed)
         network = CogVLMForCausalLM(self._network_config())
         initialise(network, COORDINATE_BASE)
@@ -111,21 +157,28 @@ class ScenesTask(BaseTask):
                 self._take_over(learner, stage, is_tower)
         return learner
 
-    def _take_over(self, learner: SceneLearner, stage: str, tower: bool) -> None:
+    def _take_over(self, learner: SceneLearner, stage: str, is_tower: bool) -> None:
         path = self.stage_folder.parent / stage / LEARNER_FILE
         if not path.is_file():
             raise ConfigError(
                 f"{path}: stage {self.task.stage!r} starts from stage {stage!r}, which has not finished; run it first."
             )
-        state = load_file(path)
-        parts = ("heads.", "network.model.vision.patch_embedding.", "network.model.vision.transformer.")
-        chosen = {name: tensor for name, tensor in state.items() if name.startswith(parts) == tower}
-        learner.load_state_dict(chosen, strict=False)
+        found = {name: tensor for name, tensor in load_file(path).items() if name.startswith(TOWER_PARTS) == is_tower}
+        wanted = {name for name in learner.state_dict() if name.startswith(TOWER_PARTS) == is_tower}
+        advice = f"Stage {stage!r} trained another network than the recipe describes: delete its folder, run it anew."
+        if absent := sorted(wanted - set(found)):
+            raise MissingKeys(f"{path}: {len(absent)} tensors are absent, first {absent[0]!r}. {advice}")
+        if unexpected := sorted(set(found) - wanted):
+            raise UnexpectedKeys(f"{path}: {len(unexpected)} tensors have no place, first {unexpected[0]!r}. {advice}")
+        try:
+            learner.load_state_dict(found, strict=False)
+        except RuntimeError as error:
+            raise ShapeMismatch(f"{path}: {error}. {advice}") from error
 
-    def build_datasets(self) -> dict[str, Dataset]:
+    def build_datasets(self) -> dict[str, TrainingData]:
         """Give the endless training scenes as `train`."""
         config = self._network_config()
-        vision = config.vision_config
+        vision = config.tower
         data = SceneDataset(
             num_samples=self.data.num_samples,
             seed=self.data.seed,
@@ -134,9 +187,7 @@ class ScenesTask(BaseTask):
             num_image_tokens=config.num_image_tokens,
             num_conversations=self.data.num_conversations,
             max_text_tokens=self.data.max_text_tokens,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
+            **TOKEN_IDS,
             scene=self.data.scene,
             picture_sizes=self.data.picture_sizes,
             with_picture=self.task.stage != "decoder",
@@ -144,33 +195,41 @@ class ScenesTask(BaseTask):
         )
         return {"train": data}
 
-    def finish(self, model: SceneLearner, folder: Path) -> None:
-        """Write all that was trained (`learner.safetensors`) and the network as a folder that `lavish.load` opens (`model/`)."""
+    def finish(self, model: nn.Module, folder: Path) -> None:
+        """Write what a run of the stage trained.
+
+        `learner.safetensors` is all of it, for later stages; `model/` is the network as a folder that `lavish.load`
+        opens.
+        """
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         partial = folder / f"{LEARNER_FILE}.partial"
         save_file(state, partial)
         partial.replace(folder / LEARNER_FILE)
-        export(model.network, folder / "model")
+        export(cast(SceneLearner, model).network, folder / MODEL_FOLDER)
 
-    def evaluation(self, vlm: VLM, folder: Path, batch_size: int, report: Callable[[int, int], None]) -> dict[str, Any]:
+    # -- evaluation
+
+    def evaluation(
+        self, vlm: VLM, folder: Path, batch_size: int, progress: Callable[[int, int], None]
+    ) -> dict[str, Any]:
         """Ask every held-out question, write each answer to `answers.jsonl` and give the scores (`score.summarise`)."""
-        questions = list(self._held_out())
+        questions = list(self.held_out())
         results: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "answers.jsonl.partial"
+        partial = folder / f"{ANSWERS_FILE}.partial"
         with partial.open("w", encoding="utf-8") as file:
             for start in range(0, len(questions), batch_size):
                 for result in _answer(vlm, questions[start : start + batch_size]):
                     results.append(result)
                     file.write(json.dumps(result, ensure_ascii=False) + "\n")
-                report(len(results), len(questions))
-        partial.replace(folder / "answers.jsonl")
+                progress(len(results), len(questions))
+        partial.replace(folder / ANSWERS_FILE)
         return summarise(results)
 
-    def _held_out(self) -> Iterator[tuple[Any, Question]]:
-        """Draw the pictures and questions of the evaluation, from seeds that training never uses."""
+    def held_out(self) -> Iterator[tuple[Image, Question]]:
+        """Draw the pictures and questions of the evaluation, from a seed that training does not use."""
         data = self.data
-        sizes = data.picture_sizes or [112]
+        sizes = data.picture_sizes or [GRID]
         for index in range(-(-data.num_questions // data.questions_per_picture)):
             rng = np.random.default_rng([data.seed, index])
             scene = sample_scene(rng, **data.scene)
@@ -180,37 +239,45 @@ class ScenesTask(BaseTask):
                 yield picture, question
 
 
-def _answer(vlm: VLM, questions: list[tuple[Any, Question]]) -> Iterator[dict[str, Any]]:
-    """Answer a batch; rows of one template go together, because a batch has one."""
+def _answer(vlm: VLM, questions: list[tuple[Image, Question]]) -> Iterator[dict[str, Any]]:
+    """Answer questions at once; rows of one template go together, because a batch has one."""
     answers: dict[int, str] = {}
     for template in sorted({question.template for _, question in questions}):
         rows = [row for row, (_, question) in enumerate(questions) if question.template == template]
-        content = [
-            [{"type": "image", "image": questions[row][0]}, {"type": "text", "text": questions[row][1].question}]
-            for row in rows
-        ]
+        conversations = [_conversation(*questions[row]) for row in rows]
         replies = vlm.batch(
-            [[{"role": "user", "content": parts}] for parts in content], chat_template=template, max_new_tokens=200
+            conversations, batch_size=len(rows), chat_template=template, max_new_tokens=MAX_ANSWER_TOKENS
         )
         answers.update(zip(rows, (reply.text for reply in replies), strict=True))
     for row, (_, question) in enumerate(questions):
-        result = {
+        yield {
             "task": question.task,
             "language": question.language,
             "template": question.template,
             "question": question.question,
             "answer": question.answer,
             "prediction": answers[row],
+            "score": score(question.task, answers[row], question.answer),
         }
-        yield {**result, "score": score(question.task, answers[row], question.answer)}
+
+
+def _conversation(picture: Image, question: Question) -> list[dict[str, Any]]:
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question.question}]
+    return [{"role": "user", "content": content}]
 
 
 def export(network: CogVLMForCausalLM, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write network and tokenizer as a released folder, whole or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
+    """Write network and tokenizer as a folder that `lavish.load` opens, whole or not at all.
+
+    Its config asks for the float32 rotary table, which the network was trained with (in bfloat16 neighbouring positions
+    become one), and says that answers hold boxes.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    stored = copy.deepcopy(network).to("cpu", dtype)
+    stored: Any = copy.deepcopy(network).to("cpu", dtype)  # pyright: ignore (transformers hides the signature of `to`)
+    stored.config.rope = "float32"
+    stored.config.grounding = True
     stored.save_pretrained(partial)
     save_tokenizer(partial)
     if folder.exists():

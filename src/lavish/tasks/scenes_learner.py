@@ -1,22 +1,24 @@
 """What the pocket model is trained with besides itself: dense read-outs of the tower, and a code that stands in for it.
 
-Three stages, each a run of its own (see `scenes.py`).
-`tower`: the vision tower alone, on dense labels of the drawing (what stands under each patch). `decoder`: merge, projector and decoder
-alone, on text, with the tower replaced by a fixed linear code of the true labels: binding is learnt without waiting for perception, and
-at no tower cost. The tower stage also learns to give that code, so the two halves meet. `joint`: everything, on text, with the dense labels
-kept as an auxiliary loss.
+Three stages, each a run of its own (see `scenes.py`). `tower`: the vision tower alone, on dense labels of the drawing
+(what stands under each patch). `decoder`: merge, projector and decoder alone, on text, with the tower replaced by a
+fixed linear code of the true labels: binding is learnt without waiting for perception, and at no tower cost. The tower
+stage also learns to give that code, so the two halves meet. `joint`: everything, on text, with the dense labels kept as
+an auxiliary loss.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lavish.common.errors import ConfigError
 from lavish.datasets.scenes.dataset import IGNORED, packed_attention_mask
+from lavish.models.cogvlm.config import CogVLMConfig
 from lavish.models.cogvlm.model import CogVLMForCausalLM, ExpertRouting
-from lavish.nn.eva2_clip import EVA2CLIPModel
+from lavish.nn.eva2_clip import EVA2CLIPModel, TransformerLayer
 from lavish.processors.pixels import CLIP_MEAN, CLIP_STD
 
 CLASSES = {"shape": 7, "colour": 8, "size": 4, "digit": 11, "digit_index": 5, "number_length": 5, "background": 4}
@@ -24,11 +26,15 @@ BOXES = ("box", "number_box")
 BOX_FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
 CODE_SIZE = sum(CLASSES.values()) + len(BOXES) * 4 * 2 * len(BOX_FREQUENCIES)
 CODE_GAIN = 4.0
+CODE_DROPOUT = 0.05  # share of patches that the noisy code shows as empty
 STAGES = ("tower", "decoder", "joint")
 
 
 def label_code(labels: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Encode the dense labels of each patch: one-hot classes and sines of the box edges. Shape: (batch, patches, CODE_SIZE)."""
+    """Encode the dense labels of each patch: one-hot classes, and sines and cosines of the box edges.
+
+    Shapes: classes (batch, patches) int64, boxes (batch, patches, 4) -> (batch, patches, CODE_SIZE).
+    """
     parts = [F.one_hot(labels[name], size).float() for name, size in CLASSES.items()]
     for name in BOXES:
         box = labels[name]  # (batch, patches, 4), zeros where there is none
@@ -48,7 +54,11 @@ class DenseHeads(nn.Module):
         self.boxes = nn.ModuleDict({name: nn.Linear(hidden_size, 4) for name in BOXES})
 
     def forward(self, vision_hidden_states: torch.Tensor, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Give the losses by label and the shares of right classes on labelled patches (names that start with `right_`)."""
+        """Give the losses by label, and as `right_*` the shares of right classes on labelled patches.
+
+        Half of a class loss is its mean over all patches, half that over the labelled ones (class above 0), which are
+        few.
+        """
         out: dict[str, torch.Tensor] = {}
         for name, head in self.classes.items():
             logits, target = head(vision_hidden_states).flatten(0, 1).float(), labels[name].flatten()
@@ -69,14 +79,24 @@ class DenseHeads(nn.Module):
 class SceneLearner(nn.Module):
     """The network with what only training needs: dense heads and the fixed code that stands in for the tower.
 
-    Args of the constructor: the network; the stage; the share of the dense losses in the joint stage; the noise of the code.
+    Args:
+        network: a CogVLM2-shaped one, whose tower is at least CODE_SIZE wide.
+        stage: one of STAGES; it decides what is frozen and which losses there are.
+        dense_weight: weight of the dense losses in the joint stage.
+        code_noise: standard deviation of the noise on the code in the decoder stage.
+
+    Raises:
+        ConfigError: a network of another shape.
     """
+
+    code_basis: torch.Tensor
 
     def __init__(self, network: CogVLMForCausalLM, stage: str, dense_weight: float = 0.1, code_noise: float = 0.3):
         super().__init__()
         self.network, self.stage = network, stage
         self.dense_weight, self.code_noise = dense_weight, code_noise
-        width = network.config.vision_config.hidden_size
+        width = network.config.tower.hidden_size
+        check_shape(network.config)
         self.heads = DenseHeads(width)
         basis = torch.linalg.qr(torch.randn(width, CODE_SIZE, generator=torch.Generator().manual_seed(0)))[0]
         self.register_buffer("code_basis", CODE_GAIN * basis.T.contiguous())  # (CODE_SIZE, width)
@@ -121,22 +141,24 @@ class SceneLearner(nn.Module):
         return vision.transformer(vision.patch_embedding(pixel_values))[:, 1:]
 
     def _project(self, vision_hidden_states: torch.Tensor) -> torch.Tensor:
-        """Merge and project tower rows. Shape: (batch, boi + tokens + eoi, hidden)."""
+        """Merge and project tower rows. Shapes: (batch, patches, width) -> (batch, boi + tokens + eoi, hidden)."""
         vision = self.network.model.vision
         grid = vision_hidden_states.transpose(1, 2).unflatten(2, (vision.grid_size, vision.grid_size))
-        patches = vision.linear_proj(vision.conv(grid).flatten(2).transpose(1, 2))
+        merged = grid if vision.conv is None else vision.conv(grid)
+        patches = vision.linear_proj(merged.flatten(2).transpose(1, 2))
         boi, eoi = (row.expand(len(patches), -1, -1).to(patches.dtype) for row in (vision.boi, vision.eoi))
         return torch.cat((boi, patches, eoi), dim=1)
 
     def _noisy_code(self, code: torch.Tensor) -> torch.Tensor:
         """Blur the true code as a tower that errs would: Gaussian noise everywhere, and some patches shown as empty."""
-        dropped = torch.rand(code.shape[:2], device=code.device)[..., None] < 0.05
+        dropped = torch.rand(code.shape[:2], device=code.device)[..., None] < CODE_DROPOUT
         vision_hidden_states = code.masked_fill(dropped, 0.0) @ self.code_basis
         return vision_hidden_states + self.code_noise * torch.randn_like(vision_hidden_states)
 
     def _text_loss(
         self, vision_hidden_states: torch.Tensor, samples: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the weighted mean loss of the answer tokens, and the share of them that the network puts first."""
         model = self.network.model
         image_features = self._project(vision_hidden_states)
         inputs_embeds = model.embed(samples["input_ids"], samples["token_type_ids"], image_features)
@@ -150,11 +172,33 @@ class SceneLearner(nn.Module):
         logits = self.network.lm_head(hidden_states[learnt]).float()
         targets = samples["targets"][learnt]
         right = (logits.argmax(-1) == targets).float().mean()
-        return F.cross_entropy(logits, targets), right.detach()
+        weights = samples["target_weights"][learnt]
+        losses = F.cross_entropy(logits, targets, reduction="none") * weights
+        return losses.sum() / weights.sum(), right.detach()
+
+
+def check_shape(config: CogVLMConfig) -> None:
+    """Refuse a network that the stages cannot train.
+
+    Raises:
+        ConfigError: a v1 decoder, or a tower that is narrower than the code.
+    """
+    if config.version != 2:
+        raise ConfigError(
+            "The scenes task trains a CogVLM2-shaped network, and the recipe's has no num_multi_query_heads; give it."
+        )
+    if config.tower.hidden_size < CODE_SIZE:
+        raise ConfigError(
+            f"vision_config.hidden_size is {config.tower.hidden_size}; the code that stands in for the tower needs at "
+            f"least {CODE_SIZE}."
+        )
 
 
 def normalise(pictures: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 pictures (batch, height, width, 3) into pixel values (batch, 3, height, width), CLIP mean and standard deviation."""
+    """Turn pictures into pixel values as the processor does: scaled to 0..1, then CLIP mean and standard deviation.
+
+    Shapes: (batch, height, width, 3) uint8 -> (batch, 3, height, width) float32.
+    """
     mean = torch.tensor(CLIP_MEAN, device=pictures.device)
     std = torch.tensor(CLIP_STD, device=pictures.device)
     return ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
@@ -163,8 +207,12 @@ def normalise(pictures: torch.Tensor) -> torch.Tensor:
 def initialise(network: CogVLMForCausalLM, coordinate_base: int, num_coordinates: int = 1000) -> None:
     """Draw the starting weights so that little data goes far.
 
-    Matrices 1/sqrt(fan_in); smooth embeddings of the coordinate tokens (near values start near); and a tower whose patches start out
-    attending to near and similar ones: sines of row and column as positions, keys that equal queries (Trockman and Kolter 2023).
+    Matrices 1/sqrt(fan_in); smooth embeddings of the coordinate tokens (near values start near); and a tower whose
+    patches start out attending to near and similar ones: sines of row and column as positions, keys that equal queries
+    (Trockman and Kolter 2023).
+
+    Args:
+        coordinate_base: id of the first of `num_coordinates` coordinate tokens.
     """
     for name, parameter in network.named_parameters():
         if parameter.ndim >= 2 and "position_embedding" not in name and "embed_tokens" not in name:
@@ -192,6 +240,7 @@ def _initialise_tower(vision: EVA2CLIPModel) -> None:
     position.zero_()
     position[1:, : 4 * num_waves] = torch.cat((by_row, by_column), dim=-1).flatten(0, 1)
     for layer in vision.transformer.layers:
-        query, key, _ = layer.attention.query_key_value.weight.chunk(3)
+        attention = cast(TransformerLayer, layer).attention
+        query, key, _ = attention.query_key_value.weight.chunk(3)
         query.mul_(0.7)
         key.copy_(query)

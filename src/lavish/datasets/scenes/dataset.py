@@ -1,8 +1,9 @@
 """Scenes as training samples: one picture, its dense labels, and many conversations packed behind the one image.
 
-Encoding a picture costs more than reading a question, so every sample carries `num_conversations` of them. They stand in one row, one after
-the other, each a segment of its own: a token sees the image and its own segment only, and positions start anew after the image. A segment
-is a question with up to two past turns before it; its last answer is what is learnt.
+Encoding a picture costs more than reading a question, so every sample carries `num_conversations` of them. They stand
+in one row, one after the other, each a segment of its own: a token sees the image and its own segment only, and
+positions start anew after the image. A segment is a question with up to two past turns before it; its last answer is
+what is learnt.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from lavish.datasets.scenes.phrases import NO_PICTURE
@@ -19,6 +21,7 @@ from lavish.datasets.scenes.questions import Question, ask
 from lavish.datasets.scenes.tokenizer import build_tokenizer
 from lavish.datasets.scenes.world import Scene, dense_labels, draw, sample_scene
 from lavish.models.cogvlm.processor import TEMPLATES
+from lavish.models.cogvlm.routing import position_ids_from
 from lavish.processors.pixels import resize_two_pass
 
 IGNORED = -100
@@ -28,19 +31,38 @@ DENSE_LABELS = ("shape", "colour", "size", "digit", "digit_index", "number_lengt
 
 @dataclass(frozen=True)
 class Segment:
-    """One packed conversation: ids, next-token targets, and whether it sees the image."""
+    """One packed conversation: ids, as many next-token targets (-100: not learnt), and whether it sees the image."""
 
     input_ids: list[int]
     targets: list[int]
     sees_image: bool
 
 
+@lru_cache(maxsize=1)
+def _tokenizer() -> Tokenizer:
+    return build_tokenizer()
+
+
+@lru_cache(maxsize=20_000)
+def encode(text: str) -> tuple[int, ...]:
+    """Give the ids of a text, without special ones. Questions and answers come again and again."""
+    return tuple(_tokenizer().encode(text, add_special_tokens=False).ids)
+
+
 class SceneDataset(Dataset):
     """An endless stream of drawn scenes: sample `i` is a function of (seed, i) alone.
 
-    Args of the constructor: `num_samples` per epoch; `image_size` and `grid` (patches per side) of the network; `num_conversations` packed
-    behind each picture, as many as fit in `max_text_tokens`; `num_image_tokens` slots of the image, boi and eoi included; the ids of bos, eos and pad; the share of follow-up
-    turns and of questions asked without a picture; `scene`, keyword arguments of `sample_scene`; `with_text=False` leaves the text out.
+    Args:
+        num_samples: samples of an epoch.
+        image_size: side of the network's picture in pixels; `grid` its patches a side.
+        num_image_tokens: slots of the image, boi and eoi included.
+        num_conversations: most questions about a picture; those that fit in `max_text_tokens` are taken.
+        follow_up_share: share of questions that the next one continues, as a turn of the same conversation.
+        no_picture_share: share of conversations that do not see the picture, and whose answers say so.
+        scene: keyword arguments of `sample_scene`.
+        picture_sizes: sides to draw at, in turn; none: the network's own.
+        with_picture: give the pictures.
+        with_text: give the conversations.
     """
 
     def __init__(
@@ -70,16 +92,12 @@ class SceneDataset(Dataset):
         self.follow_up_share, self.no_picture_share = follow_up_share, no_picture_share
         self.scene, self.picture_sizes = scene or {}, tuple(picture_sizes) or (image_size,)
         self.with_picture, self.with_text = with_picture, with_text
-        self.tokenizer = build_tokenizer()
-        self._encode = lru_cache(maxsize=20_000)(self._encode_uncached)
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def _encode_uncached(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Give `dense_labels`, and as asked `image` (uint8, image_size x image_size x 3) and `segments`."""
         rng = np.random.default_rng([self.seed, index])
         scene = sample_scene(rng, **self.scene)
         sample: dict[str, Any] = {"dense_labels": dense_labels(scene, self.grid)}
@@ -109,7 +127,7 @@ class SceneDataset(Dataset):
         return self._fit(segments)
 
     def _fit(self, segments: list[Segment]) -> list[Segment]:
-        """Take segments in their order as long as they fit in the row; at least one."""
+        """Take the segments that still fit in the row, in their order; at least one."""
         taken, room = [], self.max_text_tokens
         for segment in segments:
             if len(segment.input_ids) <= room or not taken:
@@ -125,15 +143,16 @@ class SceneDataset(Dataset):
         past = "".join(
             f"{template.format(turn.question)} {answer}\n" for turn, answer in zip(turns[:-1], answers, strict=False)
         )
-        prompt_ids = self._encode(past + template.format(turns[-1].question))
-        answer_ids = self._encode(answers[-1])
+        prompt_ids = encode(past + template.format(turns[-1].question))
+        answer_ids = encode(answers[-1])
         targets = [IGNORED] * (len(prompt_ids) - 1) + [*answer_ids, self.eos_token_id]
         return Segment([*prompt_ids, *answer_ids], targets, sees_image)
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Stack samples into the tensors that the learner takes.
 
-        Shapes: pixel_values (batch, 3, size, size) float32; dense labels (batch, grid * grid[, 4]); the packed text (batch, seq).
+        Shapes: pictures (batch, size, size, 3) uint8; dense labels (batch, grid * grid) int64, boxes among them (batch,
+        grid * grid, 4) float32; the packed text (batch, seq): see `pack`.
         """
         batch: dict[str, Any] = {}
         for name in DENSE_LABELS:
@@ -142,49 +161,53 @@ class SceneDataset(Dataset):
         if self.with_picture:
             batch["pictures"] = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
         if self.with_text:
-            batch.update(self._pack([sample["segments"] for sample in samples]))
+            batch.update(self.pack([sample["segments"] for sample in samples]))
         return batch
 
-    def _pack(self, rows: list[list[Segment]]) -> dict[str, torch.Tensor]:
+    def pack(self, rows: list[list[Segment]]) -> dict[str, torch.Tensor]:
+        """Put the segments of each row behind bos and the image slots.
+
+        Shapes: all (batch, seq). `input_ids`, `targets`, `position_ids`, `token_type_ids` int64; `segment_ids` int64: 0
+        bos and image, 1 .. the segments, -1 padding; `sees_image` bool; `target_weights` float32, one over the square
+        root of the answer's length, so that one-word answers are not drowned by captions.
+        """
         prefix = 1 + self.num_image_tokens
-        length = prefix + max(sum(len(segment.input_ids) for segment in row) for row in rows)
-        shape = (len(rows), length)
-        input_ids = torch.full(shape, self.pad_token_id)
-        targets = torch.full(shape, IGNORED)
-        segment_ids = torch.full(shape, -1)
-        position_ids = torch.zeros(shape, dtype=torch.long)
-        sees_image = torch.ones(shape, dtype=torch.bool)
-        token_type_ids = torch.zeros(shape, dtype=torch.long)
-        input_ids[:, 0] = self.bos_token_id
-        segment_ids[:, :prefix] = 0
-        token_type_ids[:, 1:prefix] = 1
-        position_ids[:, 1:prefix] = 2
-        position_ids[:, 1], position_ids[:, prefix - 1] = 1, 3
+        shape = (len(rows), prefix + max(sum(len(segment.input_ids) for segment in row) for row in rows))
+        packed = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "targets": torch.full(shape, IGNORED),
+            "target_weights": torch.zeros(shape),
+            "segment_ids": torch.full(shape, -1),
+            "position_ids": torch.zeros(shape, dtype=torch.long),
+            "sees_image": torch.ones(shape, dtype=torch.bool),
+            "token_type_ids": torch.zeros(shape, dtype=torch.long),
+        }
+        packed["input_ids"][:, 0] = self.bos_token_id
+        packed["segment_ids"][:, :prefix] = 0
+        packed["token_type_ids"][:, 1:prefix] = 1
+        packed["position_ids"][:, :prefix] = position_ids_from(packed["token_type_ids"][:, :prefix])
         for index, row in enumerate(rows):
             start = prefix
             for number, segment in enumerate(row, 1):
                 stop = start + len(segment.input_ids)
-                input_ids[index, start:stop] = torch.tensor(segment.input_ids)
-                targets[index, start:stop] = torch.tensor(segment.targets)
-                segment_ids[index, start:stop] = number
+                place = index, slice(start, stop)
                 first = FIRST_TEXT_POSITION if segment.sees_image else 1
-                position_ids[index, start:stop] = torch.arange(first, first + stop - start)
-                sees_image[index, start:stop] = segment.sees_image
+                packed["input_ids"][place] = torch.tensor(segment.input_ids)
+                packed["targets"][place] = torch.tensor(segment.targets)
+                num_targets = sum(target != IGNORED for target in segment.targets)
+                packed["target_weights"][place] = num_targets**-0.5
+                packed["segment_ids"][place] = number
+                packed["position_ids"][place] = torch.arange(first, first + stop - start)
+                packed["sees_image"][place] = segment.sees_image
                 start = stop
-        return {
-            "input_ids": input_ids,
-            "targets": targets,
-            "segment_ids": segment_ids,
-            "position_ids": position_ids,
-            "sees_image": sees_image,
-            "token_type_ids": token_type_ids,
-        }
+        return packed
 
 
 def packed_attention_mask(segment_ids: torch.Tensor, sees_image: torch.Tensor) -> torch.Tensor:
-    """Give the (batch, 1, seq, seq) mask, True = attend: own segment and, if it sees the image, the prefix, causally.
+    """Give the mask of packed rows, True = attend: own segment and, if it sees the image, the prefix, causally.
 
     A segment without a picture sees bos alone of the prefix. Padding sees padding, so that no row is empty.
+    Shapes: (batch, seq), (batch, seq) -> (batch, 1, seq, seq).
     """
     seq = segment_ids.shape[1]
     causal = torch.ones(seq, seq, dtype=torch.bool, device=segment_ids.device).tril()
