@@ -1,4 +1,4 @@
-"""The READMEs: the blocks marked `<!-- run -->` run as they stand, both languages say the same, links lead somewhere.
+"""The READMEs and the pages of docs/: the blocks marked `<!-- run -->` run as they stand, both languages say the same, links lead somewhere.
 
 `<!-- run: pocket -->` marks a block that needs the bundled weights. A block runs in a folder that looks like the
 repository's root, so that what it writes lands elsewhere; a command that reads from the terminal is told `stop`.
@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
+PAGES = (*READMES, "docs/cogvlm.md")
 BLOCK = re.compile(
     r"(?:^<!-- run(?P<needs>: \w+)? -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -57,8 +58,8 @@ def runnable() -> list:
     waits = pytest.mark.skipif(not HAS_POCKET, reason="no pocket weights are bundled yet")
     return [
         pytest.param(block, id=str(block), marks=[waits] if block.needs == "pocket" else [])
-        for readme in READMES
-        for block in blocks(readme)
+        for page in PAGES
+        for block in blocks(page)
         if block.is_run
     ]
 
@@ -100,14 +101,14 @@ def test_both_languages_have_the_same_sections_and_tables() -> None:
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("readme", PAGES)
 def test_every_mark_belongs_to_a_block(readme: str) -> None:
     text = (ROOT / readme).read_text(encoding="utf-8")
     assert len(MARK.findall(text)) == sum(block.is_run for block in blocks(readme))
 
 
-@pytest.mark.parametrize("path", [*READMES, "CHANGELOG.md"])
+@pytest.mark.parametrize("path", [*PAGES, "CHANGELOG.md"])
 def test_links_lead_to_files(path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
-    missing = [link for link in LINK.findall(text) if not (ROOT / link).exists()]
+    missing = [link for link in LINK.findall(text) if not (ROOT / path).parent.joinpath(link).exists()]
     assert not missing
