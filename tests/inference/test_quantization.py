@@ -154,7 +154,7 @@ def test_nf4(release):
 
     vlm = lavish.load(release.folder, quantization="nf4", device="cpu")
     kinds = {name for name, m in vlm.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    assert len(kinds) == 3 * (4 + 6)
+    assert len(kinds) == 3 * 4  # the MLPs of the fixture are no multiple of 64 wide and stay as they are
     messages, template = release.prompts["chat_image"]
     expected = logits_of(release.loaded, messages, template)
     assert ((logits_of(vlm, messages, template) - expected).norm() / expected.norm()) < 0.5

@@ -20,9 +20,10 @@ class SavedInt8Config(QuantizationConfigMixin):
         self.quantize_vision = quantize_vision
 
 
-class SavedInt8Quantizer(HfQuantizer):
+class SavedInt8Quantizer(HfQuantizer):  # made with a SavedInt8Config
     """Put int8 layers where the file has int8. Quantising float weights on the way is `lavish.load`'s."""
 
+    quantization_config: SavedInt8Config  # pyright: ignore[reportIncompatibleVariableOverride]
     requires_calibration = True  # their word for: only for weights that are quantised already
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:

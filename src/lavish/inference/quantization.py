@@ -77,6 +77,8 @@ def load_quantized(
     # A dry run: names, shapes and dtypes are checked against the network as it is, and nothing is read.
     load_into(network, tensors, dtype=dtype, device="meta", rules=rules)
     names = quantized_layers(network, quantize_vision=quantize_vision)
+    if quantization == NF4:
+        names = [name for name in names if _suits_nf4(network.get_submodule(name))]
     make = {INT8: _empty_int8, NF4: _empty_nf4}[quantization]
     for name in names:
         _replace(network, name, make(network.get_submodule(name), dtype))
@@ -133,6 +135,11 @@ def _fill_int8(layer: Any, weight: torch.Tensor, dtype: torch.dtype, device: tor
     # Rounded where it will stay: a GPU does it faster, and the float matrix is let go at once.
     layer.weight, scale = quantize_weight(weight.to(device))
     layer.weight_scale = scale.to(dtype)
+
+
+def _suits_nf4(linear: Any) -> bool:
+    """bitsandbytes packs blocks of 64; every layer of a released model is made of them, those of a toy may not be."""
+    return linear.in_features % 64 == 0 and linear.out_features % 64 == 0
 
 
 def _empty_nf4(linear: Any, dtype: torch.dtype) -> nn.Module:
