@@ -7,6 +7,7 @@ history, and the drawing of one turn overwrites the last one's.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -362,11 +363,11 @@ def plain_path(typed: str) -> str:
     text = typed.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
-    elif not Path(text).exists():
+    elif not _is_file(text):
         text = re.sub(r"\\([ ()'&])", r"\1", text)
     if text.lower().startswith("file://"):
         text = unquote(urlsplit(text).path)
-    return text if is_url(text) or text.startswith("data:") else str(Path(text).expanduser())
+    return text if is_url(text) or text.startswith("data:") else os.path.expanduser(text)
 
 
 def looks_like_image(line: str) -> bool:
@@ -387,7 +388,7 @@ def is_command(line: str) -> bool:
 def _is_file(path: str) -> bool:
     try:
         return Path(path).is_file()
-    except OSError:  # a question is longer than a file name may be
+    except (OSError, ValueError):  # a question is longer than a file name may be, or holds a NUL
         return False
 
 

@@ -54,13 +54,13 @@ def command(
 
 
 def _print_tree(path: str, overrides: dict[str, Any], as_json: bool) -> None:
-    import lavish
     from lavish.cli.inspection import find
     from lavish.cli.module_tree import draw_tree, read_tree
+    from lavish.inference.build import build
 
     _, where, folder = find(path)
     name = path if folder is None else folder
-    root = read_tree(lavish.build(name, device="meta", **overrides))
+    root = read_tree(build(name, device="meta", **overrides))
     if as_json:
         import json
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ def find(name_or_path: str) -> tuple[dict[str, Any], str, Path | None]:
 
     A hub id is never downloaded: its folder in the hub's cache is taken, else the layout that lavish has of it.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.exists():
         folder = path if path.is_dir() else path.parent
         return read_config(folder), str(folder / "config.json"), folder

@@ -5,7 +5,7 @@ torch is imported by `load_model` and not before.
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 from lavish.cli.terminal import human_bytes, human_seconds, say, working
@@ -31,8 +31,9 @@ def resolve_model(name: str | None) -> tuple[str | None, ZooEntry | None]:
     """
     if name is None:
         return None, None
-    if Path(name).expanduser().exists():
-        return str(Path(name).expanduser()), None
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return path, None
     entry = model_zoo.get(name.partition("@")[0])
     if entry is not None:
         return (entry.hub_id if name == entry.name else name) if entry.hub_id else None, entry
@@ -99,13 +100,13 @@ def load_model(
     if tokenizer is None and entry is not None:
         tokenizer = entry.tokenizer
     elif tokenizer is not None:
-        tokenizer = str(Path(tokenizer).expanduser())
+        tokenizer = os.path.expanduser(tokenizer)
     name = model or "pocket"
     started_s = time.monotonic()
     with working(words[0].format(name=name)):
-        import lavish
+        from lavish.inference.load import load
 
-        vlm = lavish.load(path, dtype=dtype, device=device, quantization=quantization, tokenizer=tokenizer)
+        vlm = load(path, dtype=dtype, device=device, quantization=quantization, tokenizer=tokenizer)
     say(words[1].format(name=name, time=human_seconds(time.monotonic() - started_s)), style="dim")
     return vlm
 

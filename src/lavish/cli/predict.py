@@ -133,6 +133,7 @@ def command(
     if questions is not None:
         answers.open(questions, model or "pocket", overwrite=overwrite, retry_failed=retry_failed)
         if all(item.id in answers.done for item in questions):
+            answers.close()
             return _report(answers, questions, 0.0)
     from lavish.cli.loading import load_model
     from lavish.inference.options import parse_options

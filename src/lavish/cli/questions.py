@@ -11,8 +11,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lavish.cli.dialogue import IMAGE_SUFFIXES, is_url
 from lavish.common.errors import DataError, did_you_mean
@@ -38,7 +39,7 @@ def read_questions(source: str, question: str | None) -> list[Question]:
     Raises:
         DataError: nothing there, no image or line found, two inputs of one id, or no question.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         found = _from_paths(sorted(_images(path)), question, source, folder=path)
     elif path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -112,7 +113,7 @@ def _from_line(path: Path, number: int, line: str, question: str | None) -> Ques
 
 def _place(image: str, folder: Path) -> str:
     """Give the path of an image of a JSONL file: beside the file, else in the working folder."""
-    path = Path(image).expanduser()
+    path = Path(os.path.expanduser(image))
     beside = folder / path
     return str(path if path.is_absolute() or (not beside.exists() and path.exists()) else beside)
 
@@ -130,7 +131,7 @@ class Answers:
         self.path = path
         self.done: dict[str | int, dict[str, Any]] = {}
         self.repaired = False
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
 
     def open(self, questions: Iterable[Question], model: str, *, overwrite: bool, retry_failed: bool) -> None:
         """Read what an earlier run wrote, and get ready to append.
@@ -151,12 +152,12 @@ class Answers:
             self.done = {row["id"]: row for row in rows}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("ab", buffering=0)  # no buffer: what is written survives a kill
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror or error}).") from error
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows and hand them to the system, so that a kill loses none of them.
+        """Append rows, so that a kill loses none of them.
 
         Raises:
             DataError: the file cannot be written; what is in it stays.
@@ -166,8 +167,9 @@ class Answers:
             if self._file is None:
                 print(text, end="", flush=True)
             else:
-                self._file.write(text)
-                self._file.flush()
+                left = memoryview(text.encode("utf-8"))
+                while left:
+                    left = left[self._file.write(left) :]
         except OSError as error:
             where, why = self.path or "stdout", error.strerror or error
             raise DataError(f"{where}: cannot be written ({why}). What is in it stays; run again to go on.") from error

@@ -1,0 +1,166 @@
+"""`lavish train`: run a recipe, in its stages, and go on where it was interrupted."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lavish.cli.terminal import console, human_seconds, say
+from lavish.common.schema import help_text
+from lavish.runners.schema import RunConfig
+
+if TYPE_CHECKING:
+    from lavish.runners.recipe import Cost
+    from lavish.runners.runner_base import Progress, RunnerBase
+
+HEARTBEAT_S = 10.0
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", show_default=False, help="The YAML file of the run.")],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", show_default=False, help="More of what --set takes."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "--options", metavar="KEY=VALUE", help="Replace a key, e.g. run.init_lr=1e-4; may be repeated."
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Run this stage; those that it starts from are finished.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Check the recipe, say what would run, and stop.")] = False,
+) -> int | None:
+    """Train as a recipe says. Interrupted or killed, the same command goes on from the newest checkpoint."""
+    from lavish.runners import recipe as recipes
+
+    config = recipes.load_recipe(recipe, [*(overrides or ()), *(more or ())])
+    if check:
+        _show_plan(recipes.check(config, only=only))
+        return None
+    screen = Screen()
+    try:
+        with screen:
+            folders = recipes.train(config, only=only, report=screen)
+    except KeyboardInterrupt:
+        say("Interrupted. The same command goes on from the newest checkpoint; nothing before it is lost.")
+        raise
+    _show_costs(screen.costs)
+    for name, folder in folders.items():
+        where = folder / "model" if (folder / "model").is_dir() else folder
+        console().print(f"{name}: {where}", markup=False, soft_wrap=True)
+    return None
+
+
+def _keys() -> str:
+    r"""Give the keys of `run:` as a paragraph of the help; \b keeps its lines, and brackets are no markup."""
+    from rich.markup import escape
+
+    return "\n\n\b\n" + escape(help_text(RunConfig, "run")).replace("\n", "\n\n\b\n")
+
+
+command.__doc__ = f"{command.__doc__}\n\nKeys of the recipe's section [bold]run[/bold]:{_keys()}"
+
+
+class Screen:
+    """What one sees of a training: a bar on a terminal, elsewhere a line every ten seconds; all on stderr."""
+
+    def __init__(self) -> None:
+        from rich import progress
+
+        shown = console(stderr=True)
+        self.costs: dict[str, Cost] = {}
+        self._spoken_s = 0.0
+        self._bar: progress.Progress | None = None
+        if shown.is_terminal:
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}", style="bold"),
+                progress.BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[losses]}"),
+                progress.TextColumn("{task.fields[speed]}", style="dim"),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left", style="dim"),
+                progress.TextColumn("{task.fields[left]}"),
+                console=shown,
+                expand=True,
+            )
+
+    def __enter__(self) -> Screen:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def started(self, stage: str, runner: RunnerBase) -> Progress:
+        """A stage starts, or goes on from a checkpoint, which is found at its first step."""
+        say(f"{stage}: {runner.num_steps} steps on {runner.device}, in {runner.folder.path}")
+        fields = {"losses": "", "speed": "", "left": ""}
+        task = self._bar.add_task(stage, total=runner.num_steps, **fields) if self._bar else None
+        first_step, first_samples, started_s = -1, 0, time.monotonic()
+        mean_loss = 0.0
+
+        def after_step(step: int, num_steps: int, losses: dict[str, float]) -> None:
+            nonlocal first_step, first_samples, started_s, mean_loss
+            now = time.monotonic()
+            if first_step < 0:  # the speed is counted from the end of the first step, which also compiles and warms up
+                first_step, first_samples, started_s, mean_loss = step, runner.num_samples, now, losses["loss"]
+                if step > 1:
+                    say(f"{stage}: goes on from step {step - 1}")
+            mean_loss += 0.05 * (losses["loss"] - mean_loss)
+            elapsed = max(now - started_s, 1e-9)
+            done = step - first_step
+            speed = f"{(runner.num_samples - first_samples) / elapsed:.1f} images/s" if done else ""
+            left = human_seconds((num_steps - step) * elapsed / done) if done else "?"
+            self._show(task, stage, step, num_steps, f"loss {mean_loss:.3f}", speed, left)
+
+        return after_step
+
+    def _show(self, task: Any, stage: str, step: int, num_steps: int, losses: str, speed: str, left: str) -> None:
+        if self._bar:
+            self._bar.update(task, completed=step, losses=losses, speed=speed, left=left)
+        elif time.monotonic() - self._spoken_s >= HEARTBEAT_S or step == num_steps:
+            self._spoken_s = time.monotonic()
+            say(f"{stage}: step {step} of {num_steps}, {losses}{f', {speed}' if speed else ''}, {left} left")
+
+    def finished(self, stage: str, folder: Path, cost: Cost, *, is_new: bool) -> None:
+        """A stage is complete, now or since an earlier call."""
+        self.costs[stage] = cost
+        if not is_new:
+            say(f"{stage}: finished before, in {folder}")
+
+
+def _show_plan(stages: list[tuple[str, Any]]) -> None:
+    from lavish.runners.recipe import read_cost
+
+    for name, config in stages:
+        folder = Path(config.run.output_dir)
+        state = "finished" if read_cost(folder) else "begun" if any(folder.glob("checkpoint_*")) else "to do"
+        console().print(f"{name}: {state}, in {folder}", markup=False, soft_wrap=True)
+    console().print("The recipe is right.")
+
+
+def _show_costs(costs: dict[str, Cost]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("stage")
+    for title in ("images", "steps", "CPU-hours", "wall time"):
+        table.add_column(title, justify="right")
+    rows = [(name, cost.num_samples, cost.steps, cost.cpu_seconds, cost.wall_seconds) for name, cost in costs.items()]
+    if len(rows) > 1:
+        rows.append(
+            ("all", *(sum(row[i] for row in rows) for i in (1, 2)), *(sum(row[i] for row in rows) for i in (3, 4)))
+        )
+    for name, num_samples, steps, cpu_seconds, wall_seconds in rows:
+        table.add_row(name, f"{num_samples:,}", f"{steps:,}", f"{cpu_seconds / 3600:.2f}", human_seconds(wall_seconds))
+    console().print(table)

@@ -1,0 +1,231 @@
+"""`lavish inspect`: from headers alone, at full size, in under a second; what is missing is named."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import lavish
+from lavish.checkpoints import hf
+from lavish.cli import main
+from lavish.cli.inspection import look
+from lavish.common.config import load_yaml
+from lavish.models.cogvlm import manifest
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+NAME = "cogvlm2-llama3-chat-19B"
+
+
+def layout(name: str) -> dict:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(load_yaml(str(files("lavish") / "configs" / "models" / f"{name}.yaml")))  # type: ignore[return-value]
+
+
+def read_list(name: str) -> dict:
+    return json.loads(gzip.decompress((FIXTURES / f"{name}.json.gz").read_bytes()))
+
+
+def write_sparse(folder: Path, num_shards: int = 8) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Write the released layout of CogVLM2 at full size: true headers, and holes where the weights would be."""
+    fields = {key: value for key, value in layout(NAME).items() if key != "family"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    tensors = read_list(f"cogvlm2/manifest_{NAME}")
+    names, weight_map = list(tensors), {}
+    for shard in range(num_shards):
+        file, header, end = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors", {}, 0
+        for name in names[shard::num_shards]:
+            shape = tensors[name][0]
+            size = 2
+            for side in shape:
+                size *= side
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+            end, weight_map[name] = end + size, file
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            handle.truncate(8 + len(text) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("fixture", "name"),
+    [
+        ("cogvlm2/manifest_cogvlm2-llama3-chat-19B", NAME),
+        ("cogvlm2/manifest_cogvlm2-llama3-chinese-chat-19B", "cogvlm2-llama3-chinese-chat-19B"),
+        ("cogvlm/manifest_cogvlm-chat-v1.1", "cogvlm-chat-v1.1"),
+        ("cogvlm/manifest_cogvlm-base-224", "cogvlm-base-224"),
+        ("cogvlm/manifest_cogvlm-base-490", "cogvlm-base-490"),
+        ("cogvlm/manifest_cogvlm-grounding-generalist", "cogvlm-grounding-generalist-v1.1"),
+    ],
+)
+def test_the_manifest_is_the_released_list(fixture: str, name: str) -> None:
+    released = read_list(fixture)
+    found = {tensor.name: list(tensor.shape) for tensor in manifest.tensors(manifest.read_sizes(layout(name), name))}
+    assert found == {key: shape for key, (shape, _) in released.items()}
+
+
+@pytest.mark.parametrize("version", ["cogvlm", "cogvlm2"])
+def test_the_manifest_is_the_network(version: str) -> None:
+    folder = FIXTURES / version / "open" / "checkpoint"
+    sizes = manifest.read_sizes(json.loads((folder / "config.json").read_text()), "config.json")
+    network = lavish.build(folder, device="meta")
+    assert {tensor.name: tensor.shape for tensor in manifest.tensors(sizes)} == {
+        name: tuple(value.shape) for name, value in network.state_dict().items()
+    }
+    linears = {name for name, module in network.named_modules() if type(module).__name__ == "Linear"} - {"lm_head"}
+    assert {tensor.name for tensor in manifest.tensors(sizes) if tensor.is_linear} == {f"{n}.weight" for n in linears}
+    assert sizes.num_image_tokens == network.config.num_image_tokens
+    assert sizes.head_dim == network.config.head_dim
+
+
+def test_39_gigabytes_in_under_a_second(tmp_path: Path) -> None:
+    tensors = write_sparse(tmp_path)
+    started_s = time.process_time()
+    seen = look(str(tmp_path))
+    assert time.process_time() - started_s < 1.0
+    assert seen.num_bytes == 39_006_214_656
+    assert seen.is_complete
+    assert seen.files == 8
+    assert seen.dtypes == {"bfloat16": 39_006_214_656}
+    assert sum(part.num_tensors for part in seen.parts) == len(tensors)
+    parts = {part.name: part.num_parameters for part in seen.parts}
+    assert parts["language experts"] == 32 * (6144 * 4096 + 4096 * 4096 + 3 * 14336 * 4096)
+    assert parts["image experts"] == parts["language experts"] + 32 * 6144
+    assert parts["embeddings"] == parts["head"] == 128256 * 4096
+    memory = {row.what: row.total for row in seen.memory}
+    assert 39.0e9 < memory["inference, bfloat16"] < 42e9, "users report 42 GB"
+    assert memory["inference, nf4"] < memory["inference, int8"] < memory["inference, bfloat16"]
+
+
+def test_it_imports_no_torch(tmp_path: Path) -> None:
+    write_sparse(tmp_path)
+    code = (
+        "import sys; from lavish.cli import main; status = main(['inspect', sys.argv[1]]); "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules); sys.exit(status)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "complete: every tensor that the config asks for is there" in answer.stdout
+    assert "39.0 GB" in answer.stdout
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sparse(tmp_path)
+    os.remove(tmp_path / "model-00005-of-00008.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "1 weight files are not here: model-00005-of-00008.safetensors" in printed
+    assert "tensors missing:" in printed
+    assert main(["inspect", str(tmp_path), "--json"]) == 1
+    seen = json.loads(capsys.readouterr().out)
+    assert not seen["is_complete"]
+    assert seen["absent_files"] == ["model-00005-of-00008.safetensors"]
+    assert len(seen["missing"]) > 100
+
+
+def test_unexpected_and_misshaped_tensors_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"], config["vocab_size"] = 2, 481
+    (folder / "config.json").write_text(json.dumps(config))
+    seen = look(str(folder))
+    assert len(seen.unexpected) == 14
+    assert all(name.startswith("model.layers.2.") for name in seen.unexpected)
+    assert seen.misshaped[0].startswith("lm_head.weight") or seen.misshaped[0].startswith("model.embed_tokens")
+    assert seen.parts[-1].name == "unexpected"
+
+
+def test_a_saved_int8_network_is_complete(checkpoint: Path, tmp_path: Path) -> None:
+    lavish.load(checkpoint, quantization="int8").model.save_pretrained(tmp_path)
+    seen = look(str(tmp_path))
+    assert seen.is_complete, (seen.missing, seen.unexpected, seen.misshaped)
+    assert "int8" in seen.dtypes
+
+
+def test_a_folder_without_tokenizer_or_with_code_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ["config.json", *(file.name for file in hf.read(checkpoint).files), "model.safetensors.index.json"]:
+        shutil.copy(checkpoint / name, tmp_path)
+    (tmp_path / "modeling_cogvlm.py").write_text("raise SystemExit('never run')")
+    notes = look(str(tmp_path)).notes
+    assert "no tokenizer" in notes[0]
+    assert "modeling_cogvlm.py" in notes[1]
+
+
+def test_a_name_of_the_zoo_needs_no_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["inspect", NAME]) == 0
+    printed = capsys.readouterr().out
+    assert "cogvlm 2 · 19.50 B parameters · 39.0 GB · not on this machine" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_set_changes_the_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["--set", "num_hidden_layers=2", "--set", "vision_config.num_hidden_layers=1", "--json"]
+    assert main(["inspect", NAME, *changes]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    network = lavish.build(NAME, device="meta", num_hidden_layers=2, vision_config={"num_hidden_layers": 1})
+    assert seen["num_parameters"] == sum(value.numel() for value in network.state_dict().values())
+
+
+@pytest.mark.parametrize("more", [[], ["--tree"]])
+def test_an_unknown_field_suggests(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", NAME, "--set", "num_hiden_layers=2", *more]) == 2
+    assert "Did you mean 'num_hidden_layers'?" in capsys.readouterr().err
+
+
+def test_the_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", NAME, "--tree", "--set", "num_hidden_layers=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "0-1  DecoderLayer  x 2  872.44 M" in printed
+    assert "language_expert_query_key_value  Linear  weight 6144 x 4096  25.17 M" in printed
+    assert "0-62  TransformerLayer  x 63" in printed
+
+
+def test_the_tree_as_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoint), "--tree", "--json"]) == 0
+    root = json.loads(capsys.readouterr().out)
+    expected = sum(parameter.numel() for parameter in lavish.build(checkpoint, device="meta").parameters())
+    assert root["num_parameters"] == expected == sum(child["num_parameters"] for child in root["children"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no layout that lavish knows"), ("{", "not valid JSON"), ("[]", "not an object"), ("{}", "architectures")],
+)
+def test_folders_that_are_no_model(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_that_lacks_a_size(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["vision_config"]["num_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "vision_config: num_heads is absent" in capsys.readouterr().err
+
+
+def test_a_config_alone(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    seen = look(str(tmp_path))
+    assert not seen.has_weights
+    assert seen.notes == ["The folder has a config and no weights."]
+
+
+def test_a_hub_id_is_not_downloaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "someone/something"]) == 2
+    assert "hf download someone/something" in capsys.readouterr().err

@@ -1,0 +1,153 @@
+"""What can be asked, and the file of answers: whole lines, once each, of one model."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lavish.cli.questions import Answers, Question, read_questions
+from lavish.common.errors import DataError
+
+
+def write_lines(path: Path, *rows: object) -> Path:
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def test_a_folder_with_its_subfolders(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "sub/c.webp", "notes.txt", ".hidden/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = read_questions(str(tmp_path), "What?")
+    assert [item.id for item in found] == ["a.JPG", "b.png", "sub/c.webp"]
+    assert found[2] == Question("sub/c.webp", str(tmp_path / "sub" / "c.webp"), "What?")
+
+
+def test_a_glob_and_one_image(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.jpg"):
+        (tmp_path / name).touch()
+    assert [item.image for item in read_questions(f"{tmp_path}/*.png", "What?")] == [
+        f"{tmp_path}/{n}.png" for n in "ab"
+    ]
+    assert len(read_questions(f"{tmp_path}/c.jpg", "What?")) == 1
+
+
+def test_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "near.png").touch()
+    (tmp_path / "far.png").touch()
+    monkeypatch.chdir(tmp_path)
+    path = write_lines(
+        tmp_path / "data" / "in.jsonl",
+        {"image": "near.png", "question": "one"},
+        "",
+        {"image": "far.png", "id": "x", "source": "ignored"},
+        {"question": "a line\u2028separator", "id": 7},
+        {"image": "https://example.com/a.png"},
+    )
+    found = read_questions(str(path), "else")
+    assert [item.id for item in found] == [1, "x", 7, 5]
+    assert [item.image for item in found] == [
+        str(path.parent / "near.png"),
+        "far.png",
+        None,
+        "https://example.com/a.png",
+    ]
+    assert [item.question for item in found] == ["one", "else", "a line\u2028separator", "else"]
+    assert not any(item.problem for item in found)
+
+
+def test_wrong_lines_are_problems_of_their_own(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "in.jsonl", "{torn", [1], {"image": 3, "question": "?"}, {"qestion": "?"}, {"question": "!"}
+    )
+    problems = [item.problem or "" for item in read_questions(str(path), None)]
+    assert "line 1: no JSON" in problems[0]
+    assert "line 2: list, not an object" in problems[1]
+    assert "image is int" in problems[2]
+    assert "no question; the line has 'qestion'. Did you mean 'question'?" in problems[3]
+    assert problems[4] == ""
+
+
+def test_nothing_to_ask(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        read_questions(str(tmp_path / "none"), "?")
+    with pytest.raises(DataError, match="no image found"):
+        read_questions(str(tmp_path), "?")
+    (tmp_path / "a.png").touch()
+    with pytest.raises(DataError, match="give --question"):
+        read_questions(str(tmp_path), None)
+    with pytest.raises(DataError, match="no line in it"):
+        read_questions(str(write_lines(tmp_path / "in.jsonl")), None)
+    with pytest.raises(DataError, match="2 inputs have the id 'x'"):
+        read_questions(str(write_lines(tmp_path / "in.jsonl", *[{"id": "x", "question": "?"}] * 2)), None)
+    (tmp_path / "in.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="UTF-8"):
+        read_questions(str(tmp_path / "in.jsonl"), None)
+
+
+QUESTIONS = [Question(number, None, "?") for number in range(3)]
+
+
+def row(number: int, **more: object) -> dict[str, object]:
+    return {"id": number, "image": None, "question": "?", "model": "m", **more}
+
+
+def test_answers_go_on_and_mend_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "out.jsonl"
+    answers = Answers(path)
+    answers.open(QUESTIONS, "m", overwrite=False, retry_failed=False)
+    answers.write([row(0, answer="ü\u2028"), row(1, answer="\ud800")])
+    answers.close()
+    with path.open("ab") as file:
+        file.write('{"id": 2, "answer": "é'.encode()[:-1])
+    answers = Answers(path)
+    answers.open(QUESTIONS, "m", overwrite=False, retry_failed=False)
+    assert answers.repaired
+    assert list(answers.done) == [0, 1]
+    answers.write([row(2, answer="x")])
+    answers.close()
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert [found["answer"] for found in rows] == ["ü\u2028", "\ud800", "x"]
+
+
+def test_answers_of_something_else_are_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    for content, why in (
+        ("hello\n", "no answer of `lavish predict`"),
+        (json.dumps(row(9)) + "\n", "holds the id 9"),
+        (json.dumps(row(1, question="!")) + "\n", "another image or question"),
+        (json.dumps({**row(1), "model": "other"}) + "\n", "holds answers of 'other'"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=why):
+            Answers(path).open(QUESTIONS, "m", overwrite=False, retry_failed=False)
+        assert path.read_text() == content
+
+
+def test_overwrite_and_retry(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    write_lines(path, row(0, answer="x"), row(1, error="bad"))
+    answers = Answers(path)
+    answers.open(QUESTIONS, "m", overwrite=False, retry_failed=True)
+    answers.close()
+    assert list(answers.done) == [0]
+    assert len(path.read_text().splitlines()) == 1
+    answers = Answers(path)
+    answers.open(QUESTIONS, "m", overwrite=True, retry_failed=False)
+    answers.close()
+    assert not answers.done
+    assert path.read_text() == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").symlink_to("/dev/full")
+    answers = Answers(tmp_path / "out.jsonl")
+    answers.open(QUESTIONS, "m", overwrite=False, retry_failed=False)
+    with pytest.raises(DataError, match="No space left"):
+        answers.write([row(0, answer="x")])
+    answers.close()
