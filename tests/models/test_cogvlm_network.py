@@ -262,6 +262,18 @@ def test_absent_inv_freq_is_rebuilt_and_unequal_ones_are_refused(family):
 
 
 @BOTH
+def test_from_pretrained_rebuilds_an_absent_inv_freq(family, tmp_path):
+    network = golden(family).network().to(torch.bfloat16)
+    weights = {name: tensor for name, tensor in network.state_dict().items() if "inv_freq" not in name}
+    network.save_pretrained(tmp_path, state_dict=dict(weights))
+    assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()
+    again = CogVLMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    expected = reference_inv_freq(16, again.config.rotary_base, torch.bfloat16)
+    for layer in again.model.layers:
+        assert torch.equal(layer.self_attn.rotary_emb.inv_freq, expected)
+
+
+@BOTH
 def test_save_and_reload(family, tmp_path):
     data, network = golden(family), golden(family).network()
     network.save_pretrained(tmp_path)
@@ -420,6 +432,14 @@ def test_beams_and_several_samples(family):
             **inputs, max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None, use_cache=False
         )
         assert together[row, -6:].tolist() == alone[0, -6:].tolist() == uncached[0, -6:].tolist()
+
+
+@BOTH
+def test_guessed_tokens_keep_their_positions(family):
+    """Prompt lookup feeds several tokens behind a cache and takes the wrong ones back."""
+    data, network = golden(family), shared_network(family)
+    tokens = network.generate(**data.inputs("chat_multiturn_image"), prompt_lookup_num_tokens=3, **GREEDY)
+    assert tokens[0, -10:].tolist() == data.tensors["chat_multiturn_image.greedy_ids"].tolist()
 
 
 @BOTH
