@@ -81,6 +81,8 @@ class SceneDataConfig:
     """Tokens of all questions and answers behind one picture."""
     picture_sizes: list[int] = field(default_factory=list)
     """Sides to draw at before the resize to the network's, in pixels; empty: the network's own (evaluation: 112)."""
+    length_penalty: float = 0.0
+    """Training: an answer's tokens weigh its length to the power of -length_penalty."""
     num_questions: int = 2000
     """Held-out questions of an evaluation."""
     questions_per_picture: int = 5
@@ -190,6 +192,7 @@ class ScenesTask(BaseTask):
             **TOKEN_IDS,
             scene=self.data.scene,
             picture_sizes=self.data.picture_sizes,
+            length_penalty=self.data.length_penalty,
             with_picture=self.task.stage != "decoder",
             with_text=self.task.stage != "tower",
         )

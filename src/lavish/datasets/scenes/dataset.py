@@ -61,6 +61,8 @@ class SceneDataset(Dataset):
         no_picture_share: share of conversations that do not see the picture, and whose answers say so.
         scene: keyword arguments of `sample_scene`.
         picture_sizes: sides to draw at, in turn; none: the network's own.
+        length_penalty: a token weighs its answer's length to the power of -length_penalty: 0 all tokens alike, 1 all
+            answers alike.
         with_picture: give the pictures.
         with_text: give the conversations.
     """
@@ -82,6 +84,7 @@ class SceneDataset(Dataset):
         no_picture_share: float = 0.02,
         scene: dict[str, Any] | None = None,
         picture_sizes: Sequence[int] = (),
+        length_penalty: float = 0.0,
         with_picture: bool = True,
         with_text: bool = True,
     ):
@@ -89,6 +92,7 @@ class SceneDataset(Dataset):
         self.image_size, self.grid, self.num_image_tokens = image_size, grid, num_image_tokens
         self.num_conversations, self.max_text_tokens = num_conversations, max_text_tokens
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.length_penalty = length_penalty
         self.follow_up_share, self.no_picture_share = follow_up_share, no_picture_share
         self.scene, self.picture_sizes = scene or {}, tuple(picture_sizes) or (image_size,)
         self.with_picture, self.with_text = with_picture, with_text
@@ -168,8 +172,8 @@ class SceneDataset(Dataset):
         """Put the segments of each row behind bos and the image slots.
 
         Shapes: all (batch, seq). `input_ids`, `targets`, `position_ids`, `token_type_ids` int64; `segment_ids` int64: 0
-        bos and image, 1 .. the segments, -1 padding; `sees_image` bool; `target_weights` float32, one over the square
-        root of the answer's length, so that one-word answers are not drowned by captions.
+        bos and image, 1 .. the segments, -1 padding; `sees_image` bool; `target_weights` float32, see
+        `length_penalty`.
         """
         prefix = 1 + self.num_image_tokens
         shape = (len(rows), prefix + max(sum(len(segment.input_ids) for segment in row) for row in rows))
@@ -195,7 +199,7 @@ class SceneDataset(Dataset):
                 packed["input_ids"][place] = torch.tensor(segment.input_ids)
                 packed["targets"][place] = torch.tensor(segment.targets)
                 num_targets = sum(target != IGNORED for target in segment.targets)
-                packed["target_weights"][place] = num_targets**-0.5
+                packed["target_weights"][place] = num_targets**-self.length_penalty
                 packed["segment_ids"][place] = number
                 packed["position_ids"][place] = torch.arange(first, first + stop - start)
                 packed["sees_image"][place] = segment.sees_image
