@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lavish.cli.terminal import console, human_seconds, say
-from lavish.common.schema import help_text
+from lavish.common.schema import field_help
 from lavish.runners.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -58,13 +58,16 @@ def command(
 
 
 def _keys() -> str:
-    r"""Give the keys of `run:` as a paragraph of the help; \b keeps its lines, and brackets are no markup."""
+    """Give the keys of `run:` as paragraphs of the help; what they say is no markup."""
     from rich.markup import escape
 
-    return "\n\n\b\n" + escape(help_text(RunConfig, "run")).replace("\n", "\n\n\b\n")
+    return "\n\n".join(
+        f"[bold]{entry.key}[/bold] {escape(f'({entry.type} = {entry.default}) {entry.help}')}"
+        for entry in field_help(RunConfig, "run")
+    )
 
 
-command.__doc__ = f"{command.__doc__}\n\nKeys of the recipe's section [bold]run[/bold]:{_keys()}"
+command.__doc__ = f"{command.__doc__}\n\nKeys of the recipe's section [bold]run[/bold]:\n\n{_keys()}"
 
 
 class Screen:
@@ -158,9 +161,8 @@ def _show_costs(costs: dict[str, Cost]) -> None:
         table.add_column(title, justify="right")
     rows = [(name, cost.num_samples, cost.steps, cost.cpu_seconds, cost.wall_seconds) for name, cost in costs.items()]
     if len(rows) > 1:
-        rows.append(
-            ("all", *(sum(row[i] for row in rows) for i in (1, 2)), *(sum(row[i] for row in rows) for i in (3, 4)))
-        )
+        columns = list(zip(*rows, strict=True))[1:]
+        rows.append(("all", sum(columns[0]), sum(columns[1]), sum(columns[2]), sum(columns[3])))
     for name, num_samples, steps, cpu_seconds, wall_seconds in rows:
         table.add_row(name, f"{num_samples:,}", f"{steps:,}", f"{cpu_seconds / 3600:.2f}", human_seconds(wall_seconds))
     console().print(table)
