@@ -145,7 +145,7 @@ def _read_sharded(path: Path, index: Path, allow_absent: bool) -> TensorMap:
                 + (f" ({held_by[key]} does)" if key in held_by else "")
                 + ". Index and shards are of different versions; fetch both again."
             )
-    return TensorMap(path, infos, listed=listed, absent=absent, indexed_in=weight_map)
+    return TensorMap(path, infos, listed=listed, absent=absent)
 
 
 def _read_index(index: Path) -> dict[str, str]:

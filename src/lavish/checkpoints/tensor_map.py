@@ -126,13 +126,11 @@ class TensorMap(Mapping[str, "torch.Tensor"]):
         *,
         listed: Iterable[str] = (),
         absent: Iterable[str] = (),
-        indexed_in: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
         self.infos = dict(infos)
         self.listed = tuple(listed)
         self.absent = tuple(absent)
-        self.indexed_in = dict(indexed_in or {})
         self._file_bytes = {file: file.stat().st_size for file in {info.file for info in self.infos.values()}}
         self._maps: dict[Path, MappedFile] = {}
 
