@@ -43,6 +43,9 @@ def command(
     if check:
         _show_plan(recipes.check(config, only=only))
         return None
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of saving a model, in the middle of ours
     screen = Screen()
     try:
         with screen:

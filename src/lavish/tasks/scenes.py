@@ -220,6 +220,7 @@ class ScenesTask(BaseTask):
         results: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{ANSWERS_FILE}.partial"
+        progress(0, len(questions))
         with partial.open("w", encoding="utf-8") as file:
             for start in range(0, len(questions), batch_size):
                 for result in _answer(vlm, questions[start : start + batch_size]):
