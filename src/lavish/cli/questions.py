@@ -143,7 +143,7 @@ class Answers:
             return
         if overwrite:
             self._write_anew([])
-        elif self.path.exists():
+        elif self.path.is_file():
             rows = self._read()
             self._check({item.id: item for item in questions}, model, rows)
             if retry_failed and any("error" in row for row in rows):
