@@ -89,8 +89,8 @@ class RunFolder:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise CheckpointError(
-                f"{folder}: this checkpoint is of another model than the recipe describes ({error}). "
-                "Use another run.output_dir, or delete the folder to start anew."
+                f"{folder}: this checkpoint is of another model than the recipe describes: "
+                f"{' '.join(str(error).split())} Use another run.output_dir, or delete the folder to start anew."
             ) from error
         return state
 
