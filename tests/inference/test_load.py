@@ -182,7 +182,7 @@ def test_hostile_code_beside_the_weights_is_not_run(folder, release):
         },
     )
     code = BLOCKED.format(folder=str(folder))
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip() == str(release.loaded.chat(ASK, max_new_tokens=5).token_ids)
     assert not marker.exists()

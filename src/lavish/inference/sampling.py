@@ -76,7 +76,8 @@ class Sampler:
         logits = logits / (options.temperature or 1.0)
         if options.top_k:
             logits = keep_top_k(logits, options.top_k)
-        cumulative = keep_top_p(logits, options.top_p or 1.0).softmax(-1).double().cumsum(-1)
+        probabilities = keep_top_p(logits, options.top_p or 1.0).softmax(-1)
+        cumulative = probabilities.cpu().double().cumsum(-1)  # MPS has no float64
         # Inside [0, total): a token of probability 0 is never hit, not by u = 0 nor by rounding at the end.
         target = cumulative[-1] * torch.rand((), generator=self._generator, dtype=torch.float64).item()
         return int((cumulative <= target).sum().clamp(max=cumulative.shape[-1] - 1))
