@@ -22,7 +22,7 @@ def run_program(folder: Path, num_steps: int, kill_at: int = 0) -> "subprocess.C
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    """Killed in the middle of a log window, of an epoch and between checkpoints; the noise comes from torch's generator."""
+    """Killed within a log window, within an epoch and between checkpoints; noise comes from torch's generator."""
     straight = runner(config(tmp_path / "straight"), noise=0.5)
     straight.train()
     killed = run_program(tmp_path / "killed", 7, kill_at=5)

@@ -1,6 +1,7 @@
-"""A task of a few numbers for the runners' tests: a regression whose loss is a mean over samples, with noise from torch.
+"""A task of a few numbers for the runners' tests: a regression with a mean loss, and noise from torch's generator.
 
-Run as a program it trains in a folder, so that a test can kill it: `python toy_task.py FOLDER NUM_STEPS [KILL_AT_STEP]`.
+Run as a program it trains in a folder, so that a test can kill it:
+`python toy_task.py FOLDER NUM_STEPS [KILL_AT_STEP]`.
 """
 
 import json

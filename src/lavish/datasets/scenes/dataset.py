@@ -210,7 +210,7 @@ class SceneDataset(Dataset):
 def packed_attention_mask(segment_ids: torch.Tensor, sees_image: torch.Tensor) -> torch.Tensor:
     """Give the mask of packed rows, True = attend: own segment and, if it sees the image, the prefix, causally.
 
-    A segment without a picture sees bos alone of the prefix. Padding sees padding, so that no row is empty.
+    A segment without a picture sees bos alone of the prefix. Padding sees padding too, so that no row is empty.
     Shapes: (batch, seq), (batch, seq) -> (batch, 1, seq, seq).
     """
     seq = segment_ids.shape[1]
