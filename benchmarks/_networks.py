@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lavish.models.cogvlm.config import CogVLMConfig
-from lavish.models.cogvlm.model import CogVLMForCausalLM
+from lavish.models.cogvlm.model import CogVLMForCausalLM, RotaryEmbedding, reference_inv_freq
 
 SIZES = {
     # 0.3 billion parameters; 896 px are 64 x 64 patches, merged to 1,024 image tokens.
@@ -48,22 +49,49 @@ SIZES = {
 }
 
 
-def cogvlm2(size: str, dtype: torch.dtype, seed: int = 0) -> CogVLMForCausalLM:
+def cogvlm2(size: str, dtype: torch.dtype) -> CogVLMForCausalLM:
     """Make a network of `SIZES`, on the CPU."""
-    torch.manual_seed(seed)
-    network = CogVLMForCausalLM(CogVLMConfig(**SIZES[size], bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    return fill(CogVLMForCausalLM, CogVLMConfig(**SIZES[size], bos_token_id=1, eos_token_id=2, pad_token_id=0), dtype)
+
+
+def fill(network_class, config, dtype: torch.dtype, device: str | torch.device = "cpu"):
+    """Make a network with random weights, in a second: all of it is laid out from one pool of normal numbers.
+
+    Matrices have std 1/sqrt(fan in), embeddings and learned rows .02, biases .3 (with zeros, an expert's bias would not
+    show), norms 1.
+    """
+    with torch.device("meta"):
+        network = network_class(config)
+    network = network.to(dtype).to_empty(device=device)
+    pool = torch.randn(2**22 + 1, generator=torch.Generator().manual_seed(0)).to(device)
+    offset = 0
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if name.rpartition(".")[2] in ("boi", "eoi", "cls_embedding"):
-                parameter.normal_(std=0.02)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.3)  # with a zero bias the experts' difference would not show in full
-    return network.to(dtype).eval()
+            leaf = name.rpartition(".")[2]
+            if leaf == "weight" and parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            is_row = leaf in ("boi", "eoi", "cls_embedding") or "embed" in name.rpartition(".")[0].rpartition(".")[2]
+            std = 0.3 if leaf == "bias" else 0.02 if is_row else parameter[0].numel() ** -0.5
+            offset = lay(pool, offset, parameter.view(-1), std)
+        for module in network.modules():
+            if isinstance(module, RotaryEmbedding):
+                module.inv_freq.copy_(reference_inv_freq(module.head_dim, module.base, dtype))
+    return network.eval()
 
 
-def llama(size: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
+def lay(pool: torch.Tensor, offset: int, flat: torch.Tensor, std: float) -> int:
+    """Fill a flat tensor from the pool, going on where the last one ended; gives where this one ends."""
+    done = 0
+    while done < flat.numel():
+        count = min(flat.numel() - done, pool.numel() - offset)
+        flat[done : done + count] = pool[offset : offset + count] * std
+        done, offset = done + count, (offset + count) % pool.numel()
+    return offset
+
+
+def llama(size: str, dtype: torch.dtype) -> LlamaForCausalLM:
     """Make transformers' Llama with the text sizes of `cogvlm2(size)`."""
-    torch.manual_seed(seed)
     fields = {key: value for key, value in SIZES[size].items() if key not in ("vision_config", "num_multi_query_heads")}
     config = LlamaConfig(
         **fields,
@@ -73,7 +101,9 @@ def llama(size: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    network = fill(LlamaForCausalLM, config, dtype)
+    network.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is computed, and stays float32
+    return network
 
 
 def num_parameters(module: torch.nn.Module) -> int:
@@ -92,12 +122,16 @@ def bytes_per_token(network: CogVLMForCausalLM) -> int:
 
 def prefill_flops(network: CogVLMForCausalLM, num_tokens: int) -> float:
     """Operations that a prefill of one row cannot do without: each token through one expert, causal attention, and the
-    head for the last token. The tower is not in it."""
+    head for the last token. Of the last layer only the keys and values of all tokens are needed. The tower is not in
+    it."""
     config = network.config
-    per_token = sum(
+    layers = config.num_hidden_layers
+    whole_layer = sum(
         parameter.numel()
-        for name, parameter in network.model.layers.named_parameters()
+        for name, parameter in network.model.layers[0].named_parameters()
         if parameter.ndim == 2 and "vision_" not in name
     )
-    attention = 2.0 * num_tokens**2 * config.hidden_size * config.num_hidden_layers  # q k^T and a v, half of each
-    return 2.0 * per_token * num_tokens + attention + 2.0 * network.lm_head.weight.numel()
+    key_value = 2 * config.hidden_size * config.head_dim * config.num_key_value_heads
+    linear = 2.0 * num_tokens * ((layers - 1) * whole_layer + key_value)
+    attention = 2.0 * num_tokens**2 * config.hidden_size * (layers - 1)  # q k^T and a v, half of each
+    return linear + attention + 2.0 * network.lm_head.weight.numel()
