@@ -146,7 +146,7 @@ def test_overwrite_and_retry(tmp_path: Path) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
     answers = Answers(tmp_path / "out.jsonl")
-    answers._file = Path("/dev/full").open("ab", buffering=0)
+    answers._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
     with pytest.raises(DataError, match="No space left"):
         answers.write([row(0, answer="x")])
     answers.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from lavish.checkpoints import hub
 from lavish.cli.terminal import human_bytes, human_seconds, say, working
 from lavish.common.errors import ConfigError, did_you_mean
 from lavish.models import ZooEntry, model_zoo
@@ -101,6 +102,9 @@ def load_model(
         tokenizer = entry.tokenizer
     elif tokenizer is not None:
         tokenizer = os.path.expanduser(tokenizer)
+    for wanted in (path, tokenizer):
+        if wanted is not None and not os.path.exists(wanted):
+            hub.resolve(wanted)  # downloads with bars of its own, which a spinner would tear
     name = model or "pocket"
     started_s = time.monotonic()
     with working(words[0].format(name=name)):
