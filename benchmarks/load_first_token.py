@@ -54,6 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1, help="untimed rounds, which bring the files into memory")
     parser.add_argument("--folder", help="where to write the checkpoint (default: a temporary folder)")
     import _measure as measure
 
@@ -63,9 +64,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         nbytes = write_checkpoint(Path(folder), options.gigabytes)
         clock = children_cpu if options.clock == "cpu" else time.perf_counter
-        seconds = measure.alternate(
-            {name: running(program, folder, clock) for name, program in PROGRAMS.items()}, options.rounds
-        )
+        programs = {name: running(program, folder, clock) for name, program in PROGRAMS.items()}
+        seconds = measure.alternate(programs, options.rounds, options.warmup)
     print(f"checkpoint of {nbytes / 1e9:.2f} GB")
     for name, spent in seconds.items():
         print(f"  {name:56} {measure.Spread.of(spent)} s")

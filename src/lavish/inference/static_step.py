@@ -16,6 +16,8 @@ from lavish.common.errors import PromptError
 from lavish.inference.steps import CogVLMSteps, Prompt
 from lavish.models.cogvlm.model import CogVLMForCausalLM
 
+_BLOCK_SLOTS = 64
+"""The cache is made in whole blocks, since kernels read masks in aligned pieces."""
 _WARM_UPS = 3
 """Runs before a graph is recorded: libraries choose their kernels and allocate in the first ones."""
 
@@ -43,7 +45,8 @@ class StaticStep:
         self.length = 0
         device, config = self.steps.device, network.config
         # Made outside of inference mode: the compiled step writes to it, and may not write to inference tensors.
-        self.cache = StaticCache(config=config, max_cache_len=capacity)
+        slots = -(-capacity // _BLOCK_SLOTS) * _BLOCK_SLOTS
+        self.cache = StaticCache(config=config, max_cache_len=slots)
         self.cache.early_initialization(
             1,
             config.num_key_value_heads or config.num_attention_heads,
