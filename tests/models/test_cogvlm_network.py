@@ -314,6 +314,12 @@ def test_version_follows_the_config_alone(family):
         ({"num_attention_heads": 3}, "heads of equal width"),
         ({"num_multi_query_heads": 3}, "query heads in equal groups"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"vision_config": {}}, "lacks vision_config.image_size, vision_config.patch_size"),
+        ({"vision_config": "none"}, "vision_config is 'none' and must be an object"),
+        ({"quantization_config": "int8"}, "quantization_config is 'int8' and must be an object"),
+        ({"torch_dtype": "float77"}, "torch_dtype is 'float77'; it is one of float32"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5' and must be a number above 0"),
+        ({"rope_theta": 0}, "rope_theta is 0 and must be a number above 0"),
     ],
 )
 def test_wrong_config_names_the_field(change, message):
@@ -321,6 +327,28 @@ def test_wrong_config_names_the_field(change, message):
     fields = {key: value for key, value in (fields | change).items() if value is not None}
     with pytest.raises(ConfigError, match=message):
         read_config(fields, "config.json")
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL_SIZES = ("num_multi_query_heads", "max_position_embeddings")
+TOWER_SIZES = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_heads")
+
+
+@pytest.mark.parametrize("value", ["64", 0, -1, 1.5, True, []])
+@pytest.mark.parametrize("name", [*SIZES, *OPTIONAL_SIZES, *(f"vision_config.{name}" for name in TOWER_SIZES)])
+def test_a_size_that_is_none_is_named(name, value):
+    fields = json.loads((golden("cogvlm2").folder / "checkpoint/config.json").read_text())
+    section = fields["vision_config"] if name.startswith("vision_config.") else fields
+    section[name.removeprefix("vision_config.")] = value
+    with pytest.raises(ConfigError, match=rf"{name} is .* and must be a whole number above 0"):
+        read_config(fields, "config.json")
+
+
+def test_wrong_config_of_the_tower_names_the_field():
+    with pytest.raises(ConfigError, match=r"vision_config.dropout_prob is 0.1 and must be 0.0"):
+        golden("cogvlm").config(vision_config={"dropout_prob": 0.1})
+    with pytest.raises(ConfigError, match=r"vision_config.layer_norm_eps is None and must be a number above 0"):
+        golden("cogvlm").config(vision_config={"layer_norm_eps": None})
 
 
 def test_unknown_override_suggests_the_field():

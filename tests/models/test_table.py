@@ -20,6 +20,10 @@ def test_families_are_found_by_architecture_first():
     for config in ({"architectures": ["CogVLMVideoForCausalLM"], "model_type": "cogvlm"}, {"model_type": "llama"}, {}):
         with pytest.raises(UnknownLayout, match=r"some/folder: config\.json names"):
             detect_family(config, "some/folder")
+    assert detect_family({"architectures": "CogVLMForCausalLM"}, "x").name == "cogvlm"
+    for odd in (5, [None], {"a": 1}):
+        with pytest.raises(UnknownLayout, match=r"some/folder: config\.json names"):
+            detect_family({"architectures": odd}, "some/folder")
 
 
 def test_names_suggest():

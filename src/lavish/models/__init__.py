@@ -223,6 +223,8 @@ def detect_family(config: Mapping[str, Any], where: str) -> Family:
         UnknownLayout: neither `architectures` nor `model_type` names a family of the table.
     """
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        architectures = [architectures]
     for row in FAMILIES:
         if any(name in row.architectures for name in architectures):
             return row

@@ -36,12 +36,15 @@ class CogVLMVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        _check_sizes(self, VISION_SIZES, "vision_config.")
+        _check_above_zero("vision_config.layer_norm_eps", self.layer_norm_eps)
         num_positions = self.num_patches + 1
         if self.num_positions is None:
             self.num_positions = num_positions
         _check("vision_config.num_positions", self.num_positions, num_positions, "(image_size // patch_size)^2 + 1")
         _check("vision_config.hidden_act", self.hidden_act, "gelu", "the exact GELU is the only one released")
         _check("vision_config.hidden_size % num_heads", self.hidden_size % self.num_heads, 0, "heads of equal width")
+        _check("vision_config.dropout_prob", self.dropout_prob, 0.0, "this tower has no dropout")
         super().__post_init__(**kwargs)
 
     @property
@@ -84,6 +87,10 @@ class CogVLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.rope not in ("reference", "float32"):
             raise ConfigError(f"rope={self.rope!r} was asked; it is 'reference' (the stored inv_freq) or 'float32'.")
+        _check_sizes(self, SIZES if self.num_multi_query_heads is None else (*SIZES, "num_multi_query_heads"))
+        _check_above_zero("rms_norm_eps", self.rms_norm_eps)
+        if self.rope_theta is not None:
+            _check_above_zero("rope_theta", self.rope_theta)
         _check("hidden_act", self.hidden_act, "silu", "no other was released")
         _check("tie_word_embeddings", self.tie_word_embeddings, False, "the family has a head of its own")
         heads, key_value_heads = self.num_attention_heads, self.num_multi_query_heads or self.num_attention_heads
@@ -131,15 +138,50 @@ def _check(name: str, found, expected, why: str) -> None:
         raise ConfigError(f"config: {name} is {found!r} and must be {expected!r} ({why}). Correct the config.json.")
 
 
-REQUIRED = (
+def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], prefix: str = "") -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"config: {prefix}{name} is {value!r} and must be a whole number above 0. Correct the config.json."
+            )
+
+
+def _check_above_zero(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"config: {name} is {value!r} and must be a number above 0. Correct the config.json.")
+
+
+def _check_form(config: dict, where: str) -> None:
+    """Check what transformers would trip over: sections that are none, and the name of a dtype."""
+    for key in ("vision_config", "quantization_config"):
+        if config.get(key) is not None and not isinstance(config[key], dict):
+            raise ConfigError(f"{where}: {key} is {config[key]!r} and must be an object. Fetch the config.json again.")
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) is not None and config[key] not in DTYPES:
+            raise ConfigError(f"{where}: {key} is {config[key]!r}; it is one of {', '.join(DTYPES)}.")
+
+
+SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "vision_config",
+    "max_position_embeddings",
 )
-REQUIRED_VISION = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_heads")
+VISION_SIZES = (
+    "image_size",
+    "patch_size",
+    "in_channels",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_heads",
+)
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+REQUIRED = (*(name for name in SIZES if name != "max_position_embeddings"), "vision_config")
+REQUIRED_VISION = tuple(name for name in VISION_SIZES if name != "in_channels")
 
 
 def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
@@ -151,9 +193,10 @@ def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
         overrides: fields to replace, on-disk spelling or standard; unknown ones raise.
     Raises: ConfigError.
     """
+    _check_form(config, where)
     absent = [key for key in REQUIRED if key not in config]
     vision = dict(config.get("vision_config") or {})
-    absent += [f"vision_config.{key}" for key in REQUIRED_VISION if vision and key not in vision]
+    absent += [f"vision_config.{key}" for key in REQUIRED_VISION if "vision_config" in config and key not in vision]
     if absent:
         raise ConfigError(
             f"{where}: a CogVLM config needs {len(REQUIRED) + len(REQUIRED_VISION)} sizes and lacks "
