@@ -109,8 +109,9 @@ class Screen:
     def started(self, stage: str, runner: RunnerBase) -> Progress:
         """A stage starts, or goes on from a checkpoint, which is found at its first step."""
         say(f"{stage}: {runner.num_steps} steps on {runner.device}, in {runner.folder.path}")
-        fields = {"losses": "", "speed": "", "left": ""}
-        task = self._bar.add_task(stage, total=runner.num_steps, **fields) if self._bar else None
+        task = None
+        if self._bar:
+            task = self._bar.add_task(stage, total=runner.num_steps, losses="", speed="", left="")
         first_step, first_samples, started_s = -1, 0, time.monotonic()
         mean_loss = 0.0
 
