@@ -52,6 +52,7 @@ def test_chat_and_batch_give_the_release_tokens(release, vlm):
     assert [reply.token_ids for reply in replies] == single
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's compiler imports it
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_the_recorded_step_gives_the_release_tokens(release, vlm, is_compiled):
     step = StaticStep(vlm.model, 256, is_compiled=is_compiled, is_graphed=True)

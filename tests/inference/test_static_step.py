@@ -13,6 +13,7 @@ from lavish.models.cogvlm.config import CogVLMConfig
 from lavish.models.cogvlm.model import CogVLMForCausalLM
 
 NEW_TOKENS = 12
+compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's compiler imports it
 
 
 def network(device: str = "cpu") -> CogVLMForCausalLM:
@@ -100,13 +101,15 @@ def test_a_full_cache_is_said():
 
 
 @pytest.mark.slow
+@compiles
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="compiling needs a C++ compiler")
 def test_a_compiled_step():
     check(network(), is_compiled=True)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.gpu
+@compiles
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_recorded_graph(is_compiled):
     check(network("cuda"), is_compiled=is_compiled, is_graphed=True)
