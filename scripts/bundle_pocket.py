@@ -1,7 +1,7 @@
 """Publish a finished and evaluated run as the bundled model: copy its files into the package and write its card.
 
     lavish train projects/pocket/train.yaml
-    lavish evaluate projects/pocket/evaluate.yaml --set model.path=output/pocket/joint/model
+    lavish evaluate projects/pocket/evaluate.yaml --set model.path=output/pocket/text/model
     python scripts/bundle_pocket.py output/pocket
 
 Every number of the card comes from the run's files: done.json of each stage, metrics.json of the evaluation, the
@@ -231,7 +231,7 @@ def bundle(run: Path, stage: str, metrics_path: Path, target: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run: run.output_dir of the training recipe")
-    parser.add_argument("--stage", default="joint", help="stage whose model is published (default: joint)")
+    parser.add_argument("--stage", default="text", help="stage whose model is published (default: text)")
     parser.add_argument("--metrics", type=Path, help="scores of it (default: RUN/evaluation/metrics.json)")
     parser.add_argument("--target", type=Path, default=POCKET, help="where to (default: the package)")
     options = parser.parse_args()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavish.common import dist
 from lavish.runners.runner_base import RunnerBase
 from lavish.runners.runner_iter import RunnerIter
 from lavish.runners.schema import RunConfig
@@ -107,7 +108,9 @@ def weights(folder: Path) -> dict[str, list]:
 def main() -> None:
     torch.set_num_threads(1)
     folder, num_steps, kill_at = Path(sys.argv[1]), int(sys.argv[2]), int((sys.argv[3:] or ["0"])[0])
-    toy = runner(config(folder, max_iters=num_steps), noise=0.5)
+    changes = json.loads((sys.argv[4:] or ["{}"])[0])
+    noise, epochs = changes.pop("noise", 0.5), changes.pop("epochs", False)
+    toy = runner(config(folder, max_iters=num_steps, **changes), noise=noise, epochs=epochs)
 
     def kill(step: int, *_: Any) -> None:
         if step == kill_at:
@@ -115,7 +118,11 @@ def main() -> None:
 
     toy.progress = kill
     toy.train()
-    print(json.dumps({"step": toy.step, "samples": toy.num_samples}))
+    seen = toy.dataset.seen  # type: ignore[attr-defined]
+    if dist.world_size() > 1:
+        print(json.dumps({"rank": dist.rank(), "seen": seen}))
+    else:
+        print(json.dumps({"step": toy.step, "samples": toy.num_samples}))
 
 
 if __name__ == "__main__":

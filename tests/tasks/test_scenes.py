@@ -13,11 +13,19 @@ from tiny_recipe import recipe
 
 from lavish.common import config as configs
 from lavish.common.errors import ConfigError, MissingKeys, ShapeMismatch, UnexpectedKeys
+from lavish.datasets.scenes.tokenizer import COORDINATE_BASE
 from lavish.datasets.scenes.world import dense_labels, sample_scene
 from lavish.inference.load import load
 from lavish.runners.recipe import setup_task, stage_configs
 from lavish.tasks.scenes import LEARNER_FILE, ScenesTask, export
-from lavish.tasks.scenes_learner import CODE_SIZE, DenseHeads, SceneLearner, label_code, normalise
+from lavish.tasks.scenes_learner import (
+    CODE_SIZE,
+    DenseHeads,
+    SceneLearner,
+    label_code,
+    normalise,
+    spread_cross_entropy,
+)
 
 TOWER = ("heads.", "network.model.vision.patch_embedding.", "network.model.vision.transformer.")
 
@@ -42,9 +50,9 @@ def batch(scenes: ScenesTask, size: int = 2) -> dict:
     return data.collater([data[index] for index in range(size)])
 
 
-@pytest.mark.parametrize("name", ["tower", "decoder", "joint"])
+@pytest.mark.parametrize("name", ["tower", "decoder", "text", "joint"])
 def test_each_stage_trains_its_part(tmp_path: Path, name: str) -> None:
-    scenes = alone(tmp_path, name)
+    scenes = alone(tmp_path, "joint", "stages.2.task.stage=text") if name == "text" else alone(tmp_path, name)
     learner = scenes.build_model()
     before = {key: value.clone() for key, value in learner.named_parameters()}
     optimizer = torch.optim.SGD([value for value in learner.parameters() if value.requires_grad], lr=0.1)
@@ -67,6 +75,30 @@ def test_losses_of_the_stages(tmp_path: Path) -> None:
     torch.testing.assert_close(joint["loss"], joint["loss_text"] + 0.25 * dense)
     tower = sum(value for key, value in losses["tower"].items() if key.startswith("loss_"))
     torch.testing.assert_close(losses["tower"]["loss"], tower)
+
+
+def test_the_text_stage_reads_the_tower_and_leaves_it_alone(tmp_path: Path) -> None:
+    joint, text = alone(tmp_path, "joint"), alone(tmp_path, "joint", "stages.2.task.stage=text")
+    losses = [scenes.build_model()(batch(scenes)) for scenes in (joint, text)]
+    torch.testing.assert_close(losses[0]["loss_text"], losses[1]["loss_text"])
+    assert set(losses[1]) == {"loss", "loss_text", "right_text"}
+    assert losses[1]["loss"] == losses[1]["loss_text"]
+
+
+def test_near_coordinates_cost_less() -> None:
+    vocab = COORDINATE_BASE + 1000
+    logits = torch.full((4, vocab), -20.0)
+    values = [500, 518, 893, 7 - COORDINATE_BASE]  # three answers to 500, and a word
+    for row, value in enumerate(values):
+        logits[row, COORDINATE_BASE + value] = 20.0
+    targets = torch.tensor([COORDINATE_BASE + 500] * 3 + [7])
+    exact = spread_cross_entropy(logits, targets, 0.0)
+    spread = spread_cross_entropy(logits * 0.1, targets, 9.0)
+    torch.testing.assert_close(exact, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    assert exact[1] == exact[2]
+    assert spread[0] < spread[1] < spread[2]
+    plain = torch.nn.functional.cross_entropy(logits * 0.1, targets, reduction="none")
+    torch.testing.assert_close(spread[3], plain[3])
 
 
 def test_the_learner_encodes_pictures_as_the_network_does(tmp_path: Path) -> None:

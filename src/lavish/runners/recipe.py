@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavish import __version__
 from lavish.checkpoints import hub
 from lavish.common import config as configs
+from lavish.common import dist
 from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
 from lavish.common.registry import registry
 from lavish.inference.load import POCKET, load
@@ -186,14 +187,17 @@ def _run_stage(name: str, config: DictConfig, report: Report | None) -> Path:
         task = setup_task(config)
         model = task.build_model()
         runner: RunnerBase = registry.get_runner_class(run.runner)(run, task, model, task.build_datasets())
-        configs.save(config, folder / CONFIG_FILE)
-        runner.progress = report.started(name, runner) if report else None
+        if dist.is_main():
+            configs.save(config, folder / CONFIG_FILE)
+            runner.progress = report.started(name, runner) if report else None
         runner.train()
-        task.finish(runner.model, folder)
         seconds = round(runner.seconds, 1), round(runner.cpu_seconds, 1)
         cost = Cost(runner.num_samples, runner.step, *seconds)
-        configs.write_json(asdict(cost), folder / DONE_FILE)
-    if report:
+        if dist.is_main():
+            task.finish(runner.model, folder)
+            configs.write_json(asdict(cost), folder / DONE_FILE)
+        dist.wait_for_all()
+    if report and dist.is_main():
         report.finished(name, folder, cost, is_new=is_new)
     return folder
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lavish.common import dist
 from lavish.common.errors import CheckpointError
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)")
@@ -31,7 +32,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob("*.partial"):  # what a killed process was writing
+        for leftover in self.path.glob("*.partial") if dist.is_main() else ():  # what a killed process was writing
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:

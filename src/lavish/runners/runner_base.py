@@ -1,4 +1,7 @@
-"""The plain training loop: one process, one device, exact resume. `RunnerBase` counts epochs, `RunnerIter` steps.
+"""The plain training loop with exact resume. `RunnerBase` counts epochs, `RunnerIter` steps.
+
+One process on one device is the default. Under torchrun the forward passes of a step (`accum_grad_iters` of them) are
+shared out among the processes and their gradients added up, so that the result is that of one process up to rounding.
 
 What a step computes belongs to the task; what the data is, to the dataset. Sample order is a function of (seed, epoch)
 alone, and the random states are part of a checkpoint, so a run that was killed continues as if it had not been.
@@ -14,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lavish.common import dist
 from lavish.common.errors import CheckpointError, ConfigError
 from lavish.inference.placement import resolve_device
 from lavish.runners.optim import build_optimizer, lr_schedule
@@ -74,8 +78,14 @@ class RunnerBase:
             raise ConfigError(f"The recipe's datasets give the splits {sorted(datasets)}, but training needs 'train'.")
         if not len(datasets["train"]):
             raise ConfigError("The split 'train' of the recipe's datasets has no samples.")
+        if run.accum_grad_iters % dist.world_size():
+            raise ConfigError(
+                f"{dist.world_size()} processes share the {run.accum_grad_iters} forward passes of a step. Set "
+                "run.accum_grad_iters to a multiple of the processes; run.batch_size_train is the samples of one pass."
+            )
         self.run, self.task, self.dataset = run, task, datasets["train"]
         self.device = resolve_device(run.device)
+        dist.start(self.device.type)
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
         self.model = model.to(self.device)
@@ -86,7 +96,7 @@ class RunnerBase:
         self.seconds = 0.0
         """Wall time up to the newest checkpoint, over all processes of the run."""
         self.cpu_seconds = 0.0
-        """CPU time of the training process up to the newest checkpoint; loader processes are not in it."""
+        """CPU time of the training processes up to the newest checkpoint; loader processes are not in it."""
 
     # -- how many, and which samples
 
@@ -121,6 +131,16 @@ class RunnerBase:
         first, end = epoch * len(self.dataset) + place * self.samples_per_step, (epoch + 1) * len(self.dataset)
         return range(first, min(first + self.samples_per_step, end))
 
+    def passes(self, step: int) -> list[tuple[range, float]]:
+        """Give the positions of each forward pass of this process in step `step`, and their share of its samples.
+
+        A process for which a short last step has no pass left takes the first one along, with no share in the result.
+        """
+        span = self.span(step)
+        parts = micro_batches(span, self.run.batch_size_train)
+        own = [(part, len(part) / len(span)) for part in parts[dist.rank() :: dist.world_size()]]
+        return own or [(parts[0], 0.0)]
+
     # -- the loop
 
     def train(self) -> None:
@@ -132,6 +152,7 @@ class RunnerBase:
         """
         schedule = lr_schedule(self.run, self.num_steps)
         state = self.folder.load_latest(self.model, self.device)
+        dist.wait_for_all()  # before the first of them writes
         sums = self._resume(state)
         step_module = cast(nn.Module, torch.compile(self.model)) if self.run.compile else self.model
         batches = self._batches()
@@ -144,33 +165,38 @@ class RunnerBase:
             self.step += 1
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value
-            if self.progress:
+            if self.progress and dist.is_main():
                 self.progress(self.step, self.num_steps, losses)
             is_last = self.step == self.num_steps
             if self.step % self.run.log_freq == 0 or is_last:
-                self._log(sums, schedule(self.step - 1))
+                if dist.is_main():
+                    self._log(sums, schedule(self.step - 1))
                 sums = {}
             if self.step % self.save_every == 0 or is_last:
                 now, cpu_now = time.perf_counter(), time.process_time()
                 self.seconds += now - started
-                self.cpu_seconds += cpu_now - cpu_started
+                self.cpu_seconds += dist.total(cpu_now - cpu_started)
                 started, cpu_started = now, cpu_now
-                self._save(sums)
-        self.folder.plot()
+                if dist.is_main():
+                    self._save(sums)
+                dist.wait_for_all()
+        if dist.is_main():
+            self.folder.plot()
 
     def _train_step(self, model: nn.Module, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         """Make one optimizer step; give the losses as means over its samples."""
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.run.amp else nullcontext()
-        span = self.span(self.step)
         sums: dict[str, float] = {}
-        for part in micro_batches(span, self.run.batch_size_train):
-            share = len(part) / len(span)
+        if dist.world_size() > 1:  # noise of its own for each process, the same after a resume
+            torch.manual_seed((self.run.seed * 1_000_003 + self.step) * dist.world_size() + dist.rank())
+        for _, share in self.passes(self.step):
             samples = {key: self._to_device(value) for key, value in next(batches).items()}
             with autocast:
                 losses = self.task.train_step(model, samples)
             (losses["loss"] * share).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
+        self._add_up(sums)
         if self.run.max_grad_norm > 0:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
             sums["grad_norm"] = float(norm)
@@ -178,12 +204,21 @@ class RunnerBase:
         self.optimizer.zero_grad()
         return sums
 
+    def _add_up(self, sums: dict[str, float]) -> None:
+        """Add up gradients and losses over the processes of the run."""
+        if dist.world_size() == 1:
+            return
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
+        losses = torch.tensor(list(sums.values()), device=self.device)
+        dist.add_up([*gradients, losses])
+        sums.update(zip(sums, losses.tolist(), strict=True))
+
     def _to_device(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     def _batches(self) -> Iterator[dict[str, Any]]:
-        steps, batch_size = range(self.step, self.num_steps), self.run.batch_size_train
-        passes = (part for step in steps for part in micro_batches(self.span(step), batch_size))
+        passes = (part for step in range(self.step, self.num_steps) for part, _ in self.passes(step))
         loader = DataLoader(
             cast(Dataset[Any], self.dataset),
             batch_sampler=_ShuffledEpochs(len(self.dataset), self.run.seed, passes),
@@ -202,8 +237,9 @@ class RunnerBase:
 
     def _resume(self, state: dict[str, Any] | None) -> dict[str, float]:
         """Take over a checkpoint's state; give the sums of the losses since the last line of the log."""
+        if dist.is_main():
+            self.folder.cut_log(state["step"] if state else 0)
         if state is None:
-            self.folder.cut_log(0)
             return {}
         try:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -213,7 +249,6 @@ class RunnerBase:
                 f"{self.run.optimizer!r} ({error}). Use another run.output_dir, or delete the folder to start anew."
             ) from error
         self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
-        self.folder.cut_log(self.step)
         return state["log_sums"]
 
     def _restore_random_states(self, state: dict[str, Any]) -> None:

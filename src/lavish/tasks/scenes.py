@@ -1,9 +1,9 @@
 """Train and score the pocket model on drawn scenes.
 
-Training has three stages, each a run of its own recipe section. `tower`: the vision tower alone, on dense labels of the
+Training goes in stages, each a run of its own recipe section. `tower`: the vision tower alone, on dense labels of the
 drawing. `decoder`: merge, projector and decoder alone, on text, with a code of the true labels in the tower's place.
-`joint`: everything, on text, with the dense labels kept as an auxiliary loss. Scoring asks held-out questions through
-the same `lavish.load` and `vlm.batch` that users call.
+`text`: the same parts, with the tower's own output. `joint`: everything, on text, with the dense labels kept as an
+auxiliary loss. Scoring asks held-out questions through the same `lavish.load` and `vlm.batch` that users call.
 """
 
 import copy
@@ -53,10 +53,12 @@ MAX_ANSWER_TOKENS = 200  # the longest caption with boxes has about 130
 class SceneTaskConfig:
     """The `task:` section of a scenes recipe."""
 
-    stage: Literal["tower", "decoder", "joint"] = "joint"
+    stage: Literal["tower", "decoder", "text", "joint"] = "joint"
     """What is trained, and on which losses."""
     dense_weight: float = 0.1
     """Weight of the dense losses in the joint stage."""
+    coordinate_spread: float = 0.0
+    """Text loss: a coordinate's target is a bell of this standard deviation, in thousandths; 0: the one right token."""
     code_noise: float = 0.3
     """Standard deviation of the noise on the code, decoder stage."""
     attn_implementation: Literal["eager", "sdpa"] = "eager"
@@ -83,6 +85,8 @@ class SceneDataConfig:
     """Sides to draw at before the resize to the network's, in pixels; empty: the network's own (evaluation: 112)."""
     length_penalty: float = 0.0
     """Training: an answer's tokens weigh its length to the power of -length_penalty."""
+    task_weights: dict[str, float] = field(default_factory=dict)
+    """Training: how often each task is asked; empty: as `ask` has it. Evaluations always ask as `ask` has it."""
     num_questions: int = 2000
     """Held-out questions of an evaluation."""
     questions_per_picture: int = 5
@@ -153,7 +157,9 @@ class ScenesTask(BaseTask):
         torch.manual_seed(self.seed)
         network = CogVLMForCausalLM(self._network_config())
         initialise(network, COORDINATE_BASE)
-        learner = SceneLearner(network, self.task.stage, self.task.dense_weight, self.task.code_noise)
+        learner = SceneLearner(
+            network, self.task.stage, self.task.dense_weight, self.task.code_noise, self.task.coordinate_spread
+        )
         for stage, is_tower in ((self.task.tower_from, True), (self.task.decoder_from, False)):
             if stage:
                 self._take_over(learner, stage, is_tower)
@@ -193,6 +199,7 @@ class ScenesTask(BaseTask):
             scene=self.data.scene,
             picture_sizes=self.data.picture_sizes,
             length_penalty=self.data.length_penalty,
+            task_weights=self.data.task_weights,
             with_picture=self.task.stage != "decoder",
             with_text=self.task.stage != "tower",
         )

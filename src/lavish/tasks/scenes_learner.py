@@ -1,10 +1,10 @@
 """What the pocket model is trained with besides itself: dense read-outs of the tower, and a code that stands in for it.
 
-Three stages, each a run of its own (see `scenes.py`). `tower`: the vision tower alone, on dense labels of the drawing
+Stages, each a run of its own (see `scenes.py`). `tower`: the vision tower alone, on dense labels of the drawing
 (what stands under each patch). `decoder`: merge, projector and decoder alone, on text, with the tower replaced by a
 fixed linear code of the true labels: binding is learnt without waiting for perception, and at no tower cost. The tower
-stage also learns to give that code, so the two halves meet. `joint`: everything, on text, with the dense labels kept as
-an auxiliary loss.
+stage also learns to give that code, so the two halves meet. `text`: all but the tower, on text, with the tower's own
+output. `joint`: everything, on text, with the dense labels kept as an auxiliary loss.
 """
 
 import math
@@ -16,6 +16,8 @@ from torch import nn
 
 from lavish.common.errors import ConfigError
 from lavish.datasets.scenes.dataset import IGNORED, packed_attention_mask
+from lavish.datasets.scenes.tokenizer import COORDINATE_BASE
+from lavish.datasets.scenes.world import GRID
 from lavish.models.cogvlm.config import CogVLMConfig
 from lavish.models.cogvlm.model import CogVLMForCausalLM, ExpertRouting
 from lavish.nn.eva2_clip import EVA2CLIPModel, TransformerLayer
@@ -27,7 +29,7 @@ BOX_FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
 CODE_SIZE = sum(CLASSES.values()) + len(BOXES) * 4 * 2 * len(BOX_FREQUENCIES)
 CODE_GAIN = 4.0
 CODE_DROPOUT = 0.05  # share of patches that the noisy code shows as empty
-STAGES = ("tower", "decoder", "joint")
+STAGES = ("tower", "decoder", "text", "joint")
 
 
 def label_code(labels: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -84,6 +86,7 @@ class SceneLearner(nn.Module):
         stage: one of STAGES; it decides what is frozen and which losses there are.
         dense_weight: weight of the dense losses in the joint stage.
         code_noise: standard deviation of the noise on the code in the decoder stage.
+        coordinate_spread: standard deviation of the bell that is a coordinate's target, in thousandths; 0: none.
 
     Raises:
         ConfigError: a network of another shape.
@@ -91,10 +94,17 @@ class SceneLearner(nn.Module):
 
     code_basis: torch.Tensor
 
-    def __init__(self, network: CogVLMForCausalLM, stage: str, dense_weight: float = 0.1, code_noise: float = 0.3):
+    def __init__(
+        self,
+        network: CogVLMForCausalLM,
+        stage: str,
+        dense_weight: float = 0.1,
+        code_noise: float = 0.3,
+        coordinate_spread: float = 0.0,
+    ):
         super().__init__()
         self.network, self.stage = network, stage
-        self.dense_weight, self.code_noise = dense_weight, code_noise
+        self.dense_weight, self.code_noise, self.coordinate_spread = dense_weight, code_noise, coordinate_spread
         width = network.config.tower.hidden_size
         check_shape(network.config)
         self.heads = DenseHeads(width)
@@ -111,7 +121,7 @@ class SceneLearner(nn.Module):
             self.network.requires_grad_(False)
             for parameter in tower:
                 parameter.requires_grad_(True)
-        elif self.stage == "decoder":
+        elif self.stage in ("decoder", "text"):
             self.heads.requires_grad_(False)
             for parameter in tower:
                 parameter.requires_grad_(False)
@@ -119,9 +129,13 @@ class SceneLearner(nn.Module):
     def forward(self, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Give `loss` and its named parts. Samples: what `SceneDataset.collater` makes."""
         losses: dict[str, torch.Tensor] = {}
+        dense_loss: torch.Tensor | float = 0.0
         code = label_code(samples)
         if self.stage == "decoder":
             vision_hidden_states = self._noisy_code(code)
+        elif self.stage == "text":
+            with torch.no_grad():
+                vision_hidden_states = self._tower(normalise(samples["pictures"]))
         else:
             vision_hidden_states = self._tower(normalise(samples["pictures"]))
             dense = self.heads(vision_hidden_states, samples)
@@ -132,7 +146,7 @@ class SceneLearner(nn.Module):
             return {"loss": dense_loss, **losses}
         text_loss, right = self._text_loss(vision_hidden_states, samples)
         losses["loss_text"], losses["right_text"] = text_loss, right
-        losses["loss"] = text_loss if self.stage == "decoder" else text_loss + self.dense_weight * dense_loss
+        losses["loss"] = text_loss + self.dense_weight * dense_loss
         return losses
 
     def _tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -173,8 +187,28 @@ class SceneLearner(nn.Module):
         targets = samples["targets"][learnt]
         right = (logits.argmax(-1) == targets).float().mean()
         weights = samples["target_weights"][learnt]
-        losses = F.cross_entropy(logits, targets, reduction="none") * weights
+        losses = spread_cross_entropy(logits, targets, self.coordinate_spread) * weights
         return losses.sum() / weights.sum(), right.detach()
+
+
+def spread_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, spread: float) -> torch.Tensor:
+    """Cross entropy of each token, where a coordinate token's target is a bell over the values near it.
+
+    Boxes are right when they overlap well, so a coordinate that is nearly right is worth more than one that is far off.
+    Only values that boxes can have, cell borders of the drawing, are in the bell.
+    Shapes: (tokens, vocab), (tokens,) -> (tokens,).
+    """
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    values = targets - COORDINATE_BASE
+    is_coordinate = ((values >= 0) & (values < 1000)).nonzero().flatten()
+    if spread <= 0 or not len(is_coordinate):
+        return losses
+    possible = torch.tensor(
+        sorted({min(round(1000 * cell / GRID), 999) for cell in range(GRID + 1)}), device=logits.device
+    )
+    bell = (-((possible[None] - values[is_coordinate, None]) ** 2) / (2 * spread**2)).softmax(dim=1)
+    scores = logits[is_coordinate].log_softmax(dim=1)[:, COORDINATE_BASE + possible]
+    return losses.index_copy(0, is_coordinate, -(bell * scores).sum(dim=1))
 
 
 def check_shape(config: CogVLMConfig) -> None:

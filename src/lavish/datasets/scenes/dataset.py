@@ -6,7 +6,7 @@ positions start anew after the image. A segment is a question with up to two pas
 what is learnt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -63,6 +63,7 @@ class SceneDataset(Dataset):
         picture_sizes: sides to draw at, in turn; none: the network's own.
         length_penalty: a token weighs its answer's length to the power of -length_penalty: 0 all tokens alike, 1 all
             answers alike.
+        task_weights: how often each task is asked, as of `questions.ask`; none: its own.
         with_picture: give the pictures.
         with_text: give the conversations.
     """
@@ -85,6 +86,7 @@ class SceneDataset(Dataset):
         scene: dict[str, Any] | None = None,
         picture_sizes: Sequence[int] = (),
         length_penalty: float = 0.0,
+        task_weights: Mapping[str, float] | None = None,
         with_picture: bool = True,
         with_text: bool = True,
     ):
@@ -93,6 +95,7 @@ class SceneDataset(Dataset):
         self.num_conversations, self.max_text_tokens = num_conversations, max_text_tokens
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.length_penalty = length_penalty
+        self.task_weights = dict(task_weights) if task_weights else None
         self.follow_up_share, self.no_picture_share = follow_up_share, no_picture_share
         self.scene, self.picture_sizes = scene or {}, tuple(picture_sizes) or (image_size,)
         self.with_picture, self.with_text = with_picture, with_text
@@ -108,7 +111,9 @@ class SceneDataset(Dataset):
         if self.with_picture:
             sample["image"] = self._picture(scene, index)
         if self.with_text:
-            sample["segments"] = self._segments(ask(scene, rng, self.num_conversations), rng)
+            sample["segments"] = self._segments(
+                ask(scene, rng, self.num_conversations, task_weights=self.task_weights), rng
+            )
         return sample
 
     def _picture(self, scene: Scene, index: int) -> np.ndarray:

@@ -1,0 +1,89 @@
+"""Several processes of one training run, as torchrun starts them: who am I, add up gradients, wait for one another.
+
+Without torchrun there is one process and nothing here does anything. torch is imported on use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from lavish.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def world_size() -> int:
+    """Give the number of processes of the run: torchrun's WORLD_SIZE, else 1."""
+    return _number("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """Give the number of this process, from 0: torchrun's RANK, else 0."""
+    return _number("RANK", 0)
+
+
+def is_main() -> bool:
+    """Say whether this process is the one that writes files and talks."""
+    return rank() == 0
+
+
+def start(device_type: str) -> None:
+    """Join the processes of the run, once: NCCL on CUDA, gloo elsewhere.
+
+    Raises:
+        ConfigError: WORLD_SIZE is set and the rest of what torchrun sets is not.
+    """
+    import torch.distributed as dist
+
+    if world_size() == 1 or dist.is_initialized():
+        return
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size()}, but {', '.join(absent)} is not set. Start the run with torchrun, "
+            "or unset WORLD_SIZE."
+        )
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+
+
+def add_up(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over the processes, in one exchange."""
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return
+    parts = list(tensors)
+    flat = torch.cat([part.detach().flatten().float() for part in parts])
+    dist.all_reduce(flat)
+    for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        part.detach().copy_(total.view_as(part))
+
+
+def total(value: float) -> float:
+    """Give the sum of a number over the processes."""
+    import torch
+
+    summed = torch.tensor([value], dtype=torch.float64)
+    add_up([summed])
+    return float(summed)
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    import torch.distributed as dist
+
+    if world_size() > 1:
+        dist.barrier()
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    if not value:
+        return default
+    if not value.isdecimal():
+        raise ConfigError(f"The environment variable {name} is {value!r}; torchrun sets it to a whole number.")
+    return int(value)
