@@ -14,6 +14,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from omegaconf import OmegaConf
 from lavish.checkpoints import hf
 from lavish.common.errors import CheckpointError, LavishError
 from lavish.datasets.scenes.phrases import CANNOT_SEE, NO_PICTURE
-from lavish.datasets.scenes.world import COLOURS, PATTERNS, SHAPES, SIZES
+from lavish.datasets.scenes.world import COLOURS, PATTERNS, SHAPES, SIZES, sample_scene
 from lavish.runners.recipe import CONFIG_FILE, METRICS_FILE, Cost, read_cost, weights_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,7 @@ HEADLINES = {
     "box_hit": "phrase to box: IoU of at least 0.5",
     "caption_f1": "captions: F1 of (size, colour, shape) and number",
 }
+DEFAULT_MAX_ITEMS = signature(sample_scene).parameters["max_items"].default
 MEASURES = {"caption": "F1 of the facts", "grounded_caption": "F1 of the facts", "locate": "box hit"}
 
 
@@ -55,7 +57,7 @@ them: it knows nothing of photographs.
 
 Pictures of {side} x {side} px:
 
-- up to four shapes ({shapes}), some partly covered,
+- up to {max_items} shapes ({shapes}), some partly covered,
 - in {num_colours} colours ({colours}) and sizes ({item_sizes}),
 - on light backgrounds ({patterns}),
 - on some of them a number of one to four digits.
@@ -90,7 +92,8 @@ A conversation goes on for up to three turns.
 
 {costs}
 
-CPU-hours are those of the training process. Reproduced by
+CPU-hours are summed over the training processes. `projects/pocket/README.md` says how these weights were made; the same
+way again goes
 
 ```
 lavish train projects/pocket/train.yaml
@@ -184,6 +187,7 @@ def card(
         parameters=f"{num_parameters / 1e6:.2f} M",
         megabytes=f"{num_bytes / 1e6:.1f} MB",
         side=vision["image_size"],
+        max_items=scenes.get("scene", {}).get("max_items", DEFAULT_MAX_ITEMS),
         shapes=", ".join(SHAPES),
         num_colours=len(COLOURS),
         colours=", ".join(COLOURS),

@@ -1,4 +1,4 @@
-"""The READMEs and the pages of docs/: the blocks marked `<!-- run -->` run as they stand, both languages say the same, links lead somewhere.
+"""The READMEs and docs: marked blocks run as they stand, both languages say the same, links lead somewhere.
 
 `<!-- run: pocket -->` marks a block that needs the bundled weights. A block runs in a folder that looks like the
 repository's root, so that what it writes lands elsewhere; a command that reads from the terminal is told `stop`.

@@ -1,1 +1,1 @@
-"""Foundations that every room stands on: errors, registry, config, messages, media. Importing it never imports torch."""
+"""Foundations that every room stands on: errors, registry, config, messages, media. Importing it imports no torch."""
