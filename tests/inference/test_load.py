@@ -127,6 +127,13 @@ def test_generation_config_gives_eos_and_sampling_defaults(folder, release):
     assert vlm._sampling_defaults == {"temperature": 0.6, "top_p": 0.9}
 
 
+@pytest.mark.parametrize("value", ["</s>", [449, None], 1.5, True, {"id": 1}])
+def test_an_eos_that_is_no_id(folder, value):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ConfigError, match=r"eos_token_id of config\.json or generation_config\.json holds"):
+        lavish.load(folder, device="cpu")
+
+
 def test_grounding_is_on_by_name_or_config(release, tmp_path):
     named = Path(shutil.copytree(release.folder, tmp_path / "cogvlm-grounding-generalist-hf"))
     assert lavish.load(named).grounding

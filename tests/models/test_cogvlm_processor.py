@@ -556,6 +556,10 @@ def test_folders_without_a_usable_config(golden, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config.json is not valid JSON"):
         CogVLMProcessor.from_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"processor_config.json holds list and not an object"):
+        CogVLMProcessor.from_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").unlink()
     config = json.loads((golden.folder / "checkpoint/config.json").read_text())
     del config["vision_config"]["image_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -167,12 +167,23 @@ def test_no_tokenizer(tmp_path):
         ("tokenizer.model", b"IQ== 0\n!! 1\n", "line 2: expected 'base64 rank'"),
         ("tokenizer.model", b"IQ== 0\nIg== 7\n", "the 2 ranks are not 0 to 1"),
         ("tokenizer.json", b'{"version": ', "tokenizer.json is not a JSON object \\(11 bytes, it may be cut\\)"),
+        ("tokenizer.json", b"{}", "tokenizer.json describes no tokenizer"),
     ],
 )
 def test_damaged_files(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=says):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"\xff\xfe{}", b"{"])
+def test_a_damaged_tokenizer_config(tmp_path, content):
+    shutil.copy(V2 / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json (is not valid JSON|holds)"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": 7, "added_tokens_decoder": null}')
+    assert len(load_tokenizer(tmp_path)) > 400
 
 
 def test_tiktoken_ranks_of_another_model(tiktoken_folder):

@@ -7,10 +7,10 @@ of a folder are never opened.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lavish.checkpoints.json_file import read_object
 from lavish.checkpoints.pickles import read_table
 from lavish.checkpoints.safetensors_header import read_header
 from lavish.checkpoints.tensor_map import TensorInfo, TensorMap
@@ -25,7 +25,6 @@ WEIGHT_FILES = (
 """What a folder of this layout holds, in the order in which transformers looks for it."""
 INDEX_SUFFIX = ".index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-MAX_INDEX_BYTES = 100_000_000
 
 
 def __getattr__(name: str) -> Any:
@@ -149,13 +148,7 @@ def _read_sharded(path: Path, index: Path, allow_absent: bool) -> TensorMap:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    if index.stat().st_size > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{index}: {index.stat().st_size} bytes are too many for an index.")
-    try:
-        content = json.loads(index.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not JSON ({type(error).__name__}); fetch it again.") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(index).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map

@@ -1,10 +1,12 @@
-"""Which released layout a path is. Looks at names in the folder only; torch is not imported."""
+"""Which released layout a path is, and its config.json. Looks at names in the folder only; torch is not imported."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lavish.checkpoints.hf import INDEX_SUFFIX, WEIGHT_FILES
+from lavish.checkpoints.json_file import read_object
 from lavish.common.errors import UnknownLayout
 
 READABLE = (
@@ -31,3 +33,20 @@ def detect(path: str | Path) -> str:
         return "hf"
     found = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}" if names else "nothing"
     raise UnknownLayout(f"{path}: a folder of no layout that lavish knows; found {found}. It reads {READABLE}.")
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json.
+
+    Raises:
+        UnknownLayout: no folder, or none with a config.json.
+        CheckpointError: it is not a JSON object.
+    """
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "not there"
+        raise UnknownLayout(f"{folder} is {kind}; give the folder that holds config.json and the weights.")
+    detect(folder)  # says what the folder is, where it is nothing that lavish reads
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UnknownLayout(f"{folder} has weights and no config.json; fetch the release's config.json into it.")
+    return read_object(path)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from lavish.checkpoints import hf
+from lavish.checkpoints.json_file import read_object
 from lavish.common.errors import CheckpointError, ConfigError, MissingDependency, MissingKeys, UnexpectedKeys
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -60,13 +60,9 @@ def _lora_fields(folder: Path, lora_config: Any) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG}; give the folder of a PEFT adapter.")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
-        found = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
-        raise ConfigError(f"{path}: peft_type is {found!r}; lavish loads LORA adapters.")
+    fields = read_object(path)
+    if fields.get("peft_type") != "LORA":
+        raise ConfigError(f"{path}: peft_type is {fields.get('peft_type')!r}; lavish loads LORA adapters.")
     unknown = [name for name, value in fields.items() if name not in lora_config.__dataclass_fields__ and value]
     if unknown:
         raise ConfigError(f"{path}: this peft does not know {unknown[0]!r}. Upgrade peft, or remove the field.")

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 import lavish.models as table
 from lavish.checkpoints import hub
+from lavish.checkpoints.layouts import read_config_json
 from lavish.common.errors import ConfigError, did_you_mean
-from lavish.inference.load import read_config_json, read_fields
+from lavish.inference.load import read_fields
 from lavish.inference.placement import resolve_device, resolve_dtype
 
 

@@ -6,7 +6,6 @@ processor. No code of a checkpoint is run, and nothing is fetched unless a hub i
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -17,10 +16,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lavish.models as table
-from lavish.checkpoints import hf, hub, layouts
+from lavish.checkpoints import hf, hub
+from lavish.checkpoints.json_file import read_optional_object
+from lavish.checkpoints.layouts import read_config_json
 from lavish.checkpoints.loading import load_into
 from lavish.checkpoints.tensor_map import TensorMap
-from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout, did_you_mean
+from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
 from lavish.inference.adapters import ADAPTER_CONFIG, apply_adapter
 from lavish.inference.placement import resolve_device, resolve_dtype
 from lavish.inference.quantization import check_quantization, is_saved_int8, load_quantized, replace_by_int8
@@ -94,7 +95,7 @@ def load(
     if adapter is not None:
         network = apply_adapter(network, Path(adapter), is_quantized=quantization is not None)
     register()
-    defaults = _generation_config(folder)
+    defaults = read_optional_object(folder / "generation_config.json")
     return VLM(
         network,
         processor,
@@ -107,29 +108,6 @@ def load(
             if isinstance(value := defaults.get(name), int | float) and not isinstance(value, bool)
         },
     )
-
-
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """Read a folder's config.json.
-
-    Raises:
-        UnknownLayout: no folder, or none with a config.json.
-        CheckpointError: it is not a JSON object.
-    """
-    if not folder.is_dir():
-        kind = "a file" if folder.exists() else "not there"
-        raise UnknownLayout(f"{folder} is {kind}; give the folder that holds config.json and the weights.")
-    layouts.detect(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UnknownLayout(f"{folder} has weights and no config.json; fetch the release's config.json into it.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__} and not an object; fetch it again.")
-    return content
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -245,23 +223,16 @@ def _load_network(
     return network.eval()
 
 
-def _generation_config(folder: Path) -> dict[str, Any]:
-    """Read generation_config.json, or give nothing where there is none."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-    return content if isinstance(content, dict) else {}
-
-
 def _eos_token_ids(generation_config: Mapping[str, Any], config: Any) -> list[int]:
     """Give what ends an answer: the ids of generation_config.json and of the config."""
     found: list[int] = []
     for value in (generation_config.get("eos_token_id"), config.eos_token_id):
         found += value if isinstance(value, list) else [] if value is None else [value]
+    if wrong := [value for value in found if isinstance(value, bool) or not isinstance(value, int)]:
+        raise ConfigError(
+            f"eos_token_id of config.json or generation_config.json holds {wrong[0]!r}; it is a token's number, or a "
+            "list of them. Fetch the files again."
+        )
     return list(dict.fromkeys(found))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
+from lavish.checkpoints.json_file import read_optional_object
 from lavish.common.errors import CheckpointError
 
 # The split of Llama-3's tokenizer.model; its file holds ranks only.
@@ -136,7 +136,12 @@ def _from_tokenizer_json(path: Path) -> PreTrainedTokenizerBase:
     # Parsing 9 MB twice would cost half a second: look at both ends, which tells a cut download and an error page.
     if not (text.startswith(b"{") and text.endswith(b"}")):
         raise CheckpointError(f"{path} is not a JSON object ({len(text)} bytes, it may be cut); fetch it again.")
-    return _fast(path.parent, tokenizer_file=str(path))
+    try:
+        return _fast(path.parent, tokenizer_file=str(path))
+    except CheckpointError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise CheckpointError(f"{path} describes no tokenizer ({error}); fetch it again.") from error
 
 
 def _from_tiktoken(path: Path, vocab_size: int | None) -> PreTrainedTokenizerBase:
@@ -174,7 +179,7 @@ def _from_tiktoken(path: Path, vocab_size: int | None) -> PreTrainedTokenizerBas
 
 def _fast(folder: Path, **known: Any) -> PreTrainedTokenizerBase:
     """Make the transformers tokenizer; the names of special tokens in tokenizer_config.json come before `known`."""
-    config = _tokenizer_config(folder)
+    config = read_optional_object(folder / "tokenizer_config.json")
     named = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     known.update({name: token for name, token in named.items() if token is not None})
     # Llama-3's file says clean_up_tokenization_spaces; it would delete spaces before punctuation, so decoding would not
@@ -182,26 +187,16 @@ def _fast(folder: Path, **known: Any) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(clean_up_tokenization_spaces=False, **known)
 
 
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-
-
 def _content(token: Any) -> str | None:
     """Give the string of a special token, which a tokenizer_config.json writes as a string or as a dict."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _special_tokens(folder: Path, num_ranks: int, vocab_size: int | None) -> list[str]:
     """Give the special tokens that follow the ranks: those of tokenizer_config.json, else Llama-3's own."""
-    named = {
-        int(key): _content(value) for key, value in _tokenizer_config(folder).get("added_tokens_decoder", {}).items()
-    }
+    added = read_optional_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    named = {int(key): _content(value) for key, value in added.items() if key.isdecimal()}
     listed = [named[token_id] for token_id in sorted(named) if token_id >= num_ranks]
     if listed:
         return [str(token) for token in listed]

@@ -8,7 +8,6 @@ whatever turn it was sent. Nothing here runs the network, and a prompt that is l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.common.errors import CheckpointError, ConfigError, PromptError, did_you_mean
 from lavish.common.media import MediaLimits, image_digest, open_image
 from lavish.common.messages import ImagePart, Message, images, is_batch, normalize, turns
@@ -155,20 +155,15 @@ class CogVLMProcessor(ProcessorMixin):
             ConfigError: the tokenizer belongs to another model.
         """
         folder = _folder(pretrained_model_name_or_path, revision)
-        saved = _read_json(folder / "processor_config.json")
+        saved = read_optional_object(folder / "processor_config.json")
         fields = ("image_size", "num_image_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "template_version")
-        if (
-            saved is not None
-            and saved.get("processor_class") == cls.__name__
-            and all(field in saved for field in fields)
-        ):
+        if saved.get("processor_class") == cls.__name__ and all(field in saved for field in fields):
             return cls(_tokenizer(tokenizer, folder, None), **{field: saved[field] for field in fields})
-        config_dict = _read_json(folder / "config.json")
-        if config_dict is None:
+        if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{folder}: no config.json and no processor_config.json; give the folder of a CogVLM release."
             )
-        config = read_config(config_dict, str(folder / "config.json"))
+        config = read_config(read_object(folder / "config.json"), str(folder / "config.json"))
         return cls.from_config(config, _tokenizer(tokenizer, folder, config.vocab_size))
 
     # Prompts
@@ -512,12 +507,3 @@ def _folder(name_or_path: str | Path, revision: str | None) -> Path:
     from lavish.checkpoints import hub  # only a hub name needs it
 
     return hub.resolve(str(name_or_path), revision=revision)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error

@@ -1,0 +1,42 @@
+"""The JSON files of a checkpoint's folder (configs, indices), read with one set of errors. torch is not imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lavish.common.errors import CheckpointError
+
+MAX_BYTES = 100_000_000
+"""The index of a CogVLM2 has 120 kB; what is larger than this is no file of a release."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        CheckpointError: it cannot be read, is no JSON, or holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for a file of this kind.")
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, an integer of thousands of digits
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__} and not an object; fetch it again.")
+    return content
+
+
+def read_optional_object(path: Path) -> dict[str, Any]:
+    """Read a file that a release may lack; without it the object is empty.
+
+    Raises:
+        CheckpointError: as `read_object`.
+    """
+    return read_object(path) if path.is_file() else {}

@@ -1,0 +1,45 @@
+"""The JSON files of a checkpoint's folder: one set of errors, whatever is wrong with them."""
+
+from pathlib import Path
+
+import pytest
+
+from lavish.checkpoints import json_file
+from lavish.common.errors import CheckpointError
+
+
+def test_an_object(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"name": "画"}', encoding="utf-8")
+    (tmp_path / "marked.json").write_text('{"name": "画"}', encoding="utf-8-sig")
+    assert json_file.read_object(tmp_path / "a.json") == json_file.read_object(tmp_path / "marked.json")
+    assert json_file.read_optional_object(tmp_path / "absent.json") == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is not valid JSON"),
+        (b'{"a": 1', "is not valid JSON"),
+        (b"\xff\xfe{}", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is not valid JSON"),
+        (b"null", "holds NoneType and not an object"),
+        (b"[]", "holds list and not an object"),
+        (b'"x"', "holds str and not an object"),
+    ],
+)
+def test_what_is_none(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    for read in (json_file.read_object, json_file.read_optional_object):
+        with pytest.raises(CheckpointError, match=rf"config\.json {says}"):
+            read(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        json_file.read_object(tmp_path)
+    (tmp_path / "a.json").write_text("{}")
+    monkeypatch.setattr(json_file, "MAX_BYTES", 1)
+    with pytest.raises(CheckpointError, match="2 bytes are too many"):
+        json_file.read_object(tmp_path / "a.json")
