@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import validate_repo_id
 
 from lavish.checkpoints import hub
 from lavish.common.errors import ConfigError, MissingDependency
@@ -61,11 +62,22 @@ def test_a_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     "name",
-    ["cogvlm", "/absent/model", "./absent/model", "../a/b", "a/b/c", "", "org/", "a b/c", "modelscope:x", "http://h/x"],
+    [
+        *("cogvlm", "/absent/model", "./absent/model", "../a/b", "a/b/c", "", "org/", "a b/c", "modelscope:x"),
+        *("http://h/x", "a/..", "models/模型", "models/run--2", "models/run..2", "~x/y", "a/b.git", "a/.b", "a/b-"),
+        "a/" + 95 * "b",
+    ],
 )
 def test_neither_path_nor_id(name: str) -> None:
     with pytest.raises(ConfigError, match=r"no such file or folder, and not a hub id. .*'org/name'"):
         hub.resolve(name)
+
+
+@pytest.mark.parametrize("name", ["a/b", "THUDM/cogvlm2-llama3-chat-19B", "0x_/v1.5", "a/" + 94 * "b"])
+def test_an_id_is_one_for_the_client(name: str) -> None:
+    validate_repo_id(name)
+    assert hub.is_id(name)
+    assert hub.is_id(f"modelscope:{name}@v1")
 
 
 def test_a_path_object_is_never_an_id() -> None:

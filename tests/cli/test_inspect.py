@@ -228,4 +228,9 @@ def test_a_config_alone(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_hub_id_is_not_downloaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "someone/something"]) == 2
-    assert "hf download someone/something" in capsys.readouterr().err
+    assert "hf download someone/something)" in capsys.readouterr().err
+    assert main(["inspect", "someone/something@v1"]) == 2
+    assert "hf download someone/something --revision v1)" in capsys.readouterr().err
+    for path in ("/absent/model", "runs/a--b", "模型/a", "a/b/c", "~nobody/x"):
+        assert main(["inspect", path]) == 2
+        assert f"{path!r}: no such file or folder, and not a hub id" in " ".join(capsys.readouterr().err.split())

@@ -21,7 +21,14 @@ PICKLE_FILES = ["pytorch_model*.bin", "adapter_model*.bin"]
 NEVER_FETCHED = ["*.py", "*/*"]
 """Code, and folders beside the weights (other formats, training states)."""
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_NAME = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+_ID = re.compile(rf"(?=.{{1,96}}\Z)(?!.*(--|\.\.|\.git\Z)){_NAME}/{_NAME}")
+"""As the hub's client checks it: what is not of this form would be an error of the client's."""
+
+
+def is_id(name: str) -> bool:
+    """Tell whether a name can be that of a repository: `org/name[@revision]`, on whichever hub."""
+    return _ID.fullmatch(name.removeprefix(MODELSCOPE).partition("@")[0]) is not None
 
 
 def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
@@ -39,7 +46,7 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
     if name and Path(name).exists():
         return Path(name)
     repo_id, _, wanted = name.removeprefix(MODELSCOPE).partition("@")
-    if isinstance(name_or_path, Path) or not _ID.fullmatch(repo_id):
+    if isinstance(name_or_path, Path) or not is_id(name):
         raise ConfigError(
             f"{name!r}: no such file or folder, and not a hub id. Give the path of a model's folder, 'org/name' "
             "or 'org/name@revision' "

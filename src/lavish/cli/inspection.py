@@ -5,7 +5,6 @@ torch is not imported. Printing it is in inspect.py.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import lavish.models as table
-from lavish.checkpoints import hf, layouts
+from lavish.checkpoints import hf, hub, layouts
 from lavish.checkpoints.rules import matches
 from lavish.checkpoints.tensor_map import ITEM_BYTES, TensorInfo, TensorMap
 from lavish.cli.loading import resolve_model
-from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout
+from lavish.common.errors import ConfigError
 
 LORA_RANK = 16
 TEXT_TOKENS = 512
@@ -156,44 +155,29 @@ def find(name_or_path: str) -> tuple[dict[str, Any], str, Path | None]:
     path = Path(os.path.expanduser(name_or_path))
     if path.exists():
         folder = path if path.is_dir() else path.parent
-        return read_config(folder), str(folder / "config.json"), folder
+        return layouts.read_config_json(folder), str(folder / "config.json"), folder
     hub_id, entry = resolve_model(name_or_path)
-    cached = _cached(hub_id) if hub_id is not None and "/" in hub_id else None
+    cached = _cached(hub_id) if hub_id is not None and hub.is_id(hub_id) else None
     if cached is not None:
-        return read_config(cached), str(cached / "config.json"), cached
+        return layouts.read_config_json(cached), str(cached / "config.json"), cached
     if hub_id is None:
         pocket = Path(str(files("lavish") / "pocket"))
-        return read_config(pocket), str(pocket / "config.json"), pocket
+        return layouts.read_config_json(pocket), str(pocket / "config.json"), pocket
+    if entry is None and not hub.is_id(hub_id):
+        raise ConfigError(f"{name_or_path!r}: no such file or folder, and not a hub id (org/name).")
     if entry is None:
+        repo_id, _, revision = hub_id.partition("@")
+        how = f"hf download {repo_id}{f' --revision {revision}' if revision else ''}"
+        if repo_id.startswith(hub.MODELSCOPE):
+            how = f"modelscope download {repo_id.removeprefix(hub.MODELSCOPE)}"
         raise ConfigError(
             f"{name_or_path!r}: no such folder, not in the hub's cache, and not in `lavish zoo`. Nothing is downloaded "
-            f"to be inspected: fetch it first (hf download {hub_id})."
+            f"to be inspected: fetch it first ({how})."
         )
     where = Path(str(files("lavish") / "configs" / "models" / f"{entry.name}.yaml"))
     from lavish.common.config import load_yaml  # OmegaConf, which folders do without
 
-    fields: dict[str, Any] = json.loads(json.dumps(_plain(load_yaml(where))))
-    return fields, str(where), None
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's config.json.
-
-    Raises:
-        UnknownLayout: there is none.
-        CheckpointError: it is no JSON object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        layouts.detect(folder)  # says what the folder is, where it is nothing that lavish reads
-        raise UnknownLayout(f"{folder}: has weights and no config.json; fetch the release's config.json into it.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__} and not an object; fetch it again.")
-    return content
+    return _plain(load_yaml(where)), str(where), None
 
 
 def _plain(config: Any) -> Any:
