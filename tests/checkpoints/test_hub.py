@@ -65,7 +65,7 @@ def test_a_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         *("cogvlm", "/absent/model", "./absent/model", "../a/b", "a/b/c", "", "org/", "a b/c", "modelscope:x"),
         *("http://h/x", "a/..", "models/模型", "models/run--2", "models/run..2", "~x/y", "a/b.git", "a/.b", "a/b-"),
-        "a/" + 95 * "b",
+        *("a/" + 95 * "b", 5000 * "a", "a\0b"),
     ],
 )
 def test_neither_path_nor_id(name: str) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lavish.cli.questions import Answers, Question, read_questions
-from lavish.common.errors import DataError
+from lavish.common.errors import DataError, MediaError
+from lavish.common.media import open_image
 
 
 def write_lines(path: Path, *rows: object) -> Path:
@@ -72,9 +73,39 @@ def test_wrong_lines_are_problems_of_their_own(tmp_path: Path) -> None:
     assert problems[4] == ""
 
 
+def test_a_broken_line_takes_no_id_of_another(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in.jsonl", {"id": 1, "question": "?"}, {"id": 3, "question": "?"}, "{torn", "{torn")
+    assert [item.id for item in read_questions(str(path), None)] == [1, 3, "line 3", 4]
+
+
+def test_an_image_under_another_name_is_not_overlooked(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "in.jsonl",
+        *({name: "a.png"} for name in ("imge", "images", "img", "image_path")),
+        *({"caption": "x"}, {"image": None, "image_id": 5}, {"source": "b.png", "label": "c"}),
+    )
+    problems = [item.problem for item in read_questions(str(path), "?")]
+    assert [bool(problem) for problem in problems] == [True] * 4 + [False] * 3
+    assert (
+        problems[0] == "in.jsonl, line 1: field 'imge' is not read; call it 'image', or say \"image\": null where "
+        "there is none"
+    )
+
+
+@pytest.mark.parametrize("image", [5000 * "QUJD", "a\0b.png", "\ud800.png", "~nobody/a.png", "."])
+def test_an_image_that_is_no_path_costs_its_own_line_only(tmp_path: Path, image: str) -> None:
+    path = write_lines(tmp_path / "in.jsonl", {"image": image, "question": "?"}, {"question": "?"})
+    found = read_questions(str(path), None)
+    assert [item.problem for item in found] == [None, None]
+    with pytest.raises(MediaError):
+        open_image(found[0].image or "")
+
+
 def test_nothing_to_ask(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         read_questions(str(tmp_path / "none"), "?")
+    with pytest.raises(DataError, match="no such file or folder"):
+        read_questions(5000 * "a", "?")
     with pytest.raises(DataError, match="no image found"):
         read_questions(str(tmp_path), "?")
     (tmp_path / "a.png").touch()

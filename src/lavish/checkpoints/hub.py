@@ -43,7 +43,7 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
         MissingDependency: `modelscope:` without the modelscope client.
     """
     name = str(name_or_path)
-    if name and Path(name).exists():
+    if os.path.exists(name):
         return Path(name)
     repo_id, _, wanted = name.removeprefix(MODELSCOPE).partition("@")
     if isinstance(name_or_path, Path) or not is_id(name):

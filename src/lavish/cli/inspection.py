@@ -153,7 +153,7 @@ def find(name_or_path: str) -> tuple[dict[str, Any], str, Path | None]:
     A hub id is never downloaded: its folder in the hub's cache is taken, else the layout that lavish has of it.
     """
     path = Path(os.path.expanduser(name_or_path))
-    if path.exists():
+    if os.path.exists(path):
         folder = path if path.is_dir() else path.parent
         return layouts.read_config_json(folder), str(folder / "config.json"), folder
     hub_id, entry = resolve_model(name_or_path)

@@ -40,11 +40,11 @@ def read_questions(source: str, question: str | None) -> list[Question]:
         DataError: nothing there, no image or line found, two inputs of one id, or no question.
     """
     path = Path(os.path.expanduser(source))
-    if path.is_dir():
+    if os.path.isdir(path):
         found = _from_paths(sorted(_images(path)), question, source, folder=path)
-    elif path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
+    elif os.path.isfile(path) and path.suffix.lower() not in IMAGE_SUFFIXES:
         found = _from_lines(path, question)
-    elif path.is_file():
+    elif os.path.isfile(path):
         found = _from_paths([path], question, source)
     elif glob.has_magic(source):
         names = sorted(glob.glob(str(path), recursive=True))
@@ -84,25 +84,44 @@ def _from_lines(path: Path, question: str | None) -> list[Question]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}). Inputs are images or JSONL.") from error
-    found = [_from_line(path, number, line, question) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+    objects = {number: _parse(line) for number, line in enumerate(lines, 1) if line.strip()}
+    if not objects:
         raise DataError(f'{path}: no line in it. A line is {{"image": "a.png", "question": "...", "id": ...}}.')
+    keys = {number: _key(fields) for number, fields in objects.items()}
+    taken = set(keys.values())
+    found = []
+    for number, fields in objects.items():
+        fallback = f"line {number}" if number in taken else number  # a torn line must not take another one's id
+        key = keys[number]
+        found.append(_from_line(path, number, fallback if key is None else key, fields, question))
     return found
 
 
-def _from_line(path: Path, number: int, line: str, question: str | None) -> Question:
-    """Read one line; what is wrong with it becomes its `problem`, so that the others are still asked."""
+def _parse(line: str) -> dict[str, Any] | str:
+    """Give the object of a line, or what is wrong with it."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Question(number, None, "", f"{path.name}, line {number}: no JSON ({error})")
-    if not isinstance(fields, dict):
-        return Question(number, None, "", f"{path.name}, line {number}: {type(fields).__name__}, not an object")
-    key, image, asked = fields.get("id"), fields.get("image"), fields.get("question", question)
-    key = number if isinstance(key, bool) or not isinstance(key, str | int) else key
+        return f"no JSON ({error})"
+    return fields if isinstance(fields, dict) else f"{type(fields).__name__}, not an object"
+
+
+def _key(fields: dict[str, Any] | str) -> str | int | None:
+    key = fields.get("id") if isinstance(fields, dict) else None
+    return key if isinstance(key, str | int) and not isinstance(key, bool) else None
+
+
+def _from_line(path: Path, number: int, key: str | int, fields: dict[str, Any] | str, question: str | None) -> Question:
+    """Read one line; what is wrong with it becomes its `problem`, so that the others are still asked."""
+    if isinstance(fields, str):
+        return Question(key, None, "", f"{path.name}, line {number}: {fields}")
+    image, asked = fields.get("image"), fields.get("question", question)
     problem = None
     if image is not None and not isinstance(image, str):
         problem, image = f"image is {type(image).__name__}; it must be a path", None
+    mistyped = [name for name in fields if name not in FIELDS and did_you_mean(name, ["image"])]
+    if "image" not in fields and mistyped:
+        problem = f"field {mistyped[0]!r} is not read; call it 'image', or say \"image\": null where there is none"
     if not isinstance(asked, str):
         hint = "".join(did_you_mean(name, FIELDS) for name in fields if name not in FIELDS)
         problem, asked = f"no question; the line has {', '.join(map(repr, fields))}.{hint}", ""
@@ -115,7 +134,9 @@ def _place(image: str, folder: Path) -> str:
     """Give the path of an image of a JSONL file: beside the file, else in the working folder."""
     path = Path(os.path.expanduser(image))
     beside = folder / path
-    return str(path if path.is_absolute() or (not beside.exists() and path.exists()) else beside)
+    # os.path, unlike Path, takes what no file name can be for absent: base64 text, a NUL.
+    is_here = not os.path.exists(beside) and os.path.exists(path)
+    return str(path if path.is_absolute() or is_here else beside)
 
 
 # --- answers --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ processor. No code of a checkpoint is run, and nothing is fetched unless a hub i
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,7 +133,7 @@ def _folders(
     path: str | Path | None, adapter: str | Path | None, base: str | Path | None, revision: str | None
 ) -> tuple[Path, Path | None]:
     """Give the folder of the network, and that of an adapter."""
-    if revision is not None and (path is None or Path(path).exists()):
+    if revision is not None and (path is None or os.path.exists(path)):
         raise ConfigError(f"revision={revision!r} is of a hub id, and {str(path or 'the pocket model')!r} is on disk.")
     if path is None:
         if base is not None:
