@@ -59,8 +59,8 @@ def run(size: str, dtype: str, num_text: int, num_new: int, rounds: int, is_comp
     contenders: dict[str, Callable[[], object]] = {
         PEER: lambda: generate(peer, num_prompt, num_new),
         "lavish": answering(network, features, num_text, num_new),
-        "lavish, packed": answering(packed(size, DTYPES[dtype]), features, num_text, num_new),
-        "lavish, int8": answering(quantized(size, DTYPES[dtype]), features, num_text, num_new),
+        "lavish, packed": answering(packed(size, network), features, num_text, num_new),
+        "lavish, int8": answering(quantized(size, network), features, num_text, num_new),
     }
     if is_compiled:
         static = compiled(networks.llama(size, DTYPES[dtype]))
@@ -163,20 +163,33 @@ def compiled(model):
     return model
 
 
-def packed(size: str, dtype: torch.dtype) -> CogVLMForCausalLM:
-    network = networks.cogvlm2(size, dtype)
-    pack(network, **({"min_bytes": 0} if size == "tiny" else {}))  # tiny: so that the tests run it too
-    return network
+def packed(size: str, network: CogVLMForCausalLM) -> CogVLMForCausalLM:
+    """A network of equal weights, packed."""
+    other = networks.cogvlm2(size, network.dtype)
+    threshold = {"min_bytes": 0} if size == "tiny" else {}  # tiny: so that the tests run it too
+    pack(other, **threshold)
+    return share_vision(other, network)
 
 
-def quantized(size: str, dtype: torch.dtype) -> CogVLMForCausalLM:
-    """Decoder layers in int8, as `quantization="int8"` loads them."""
-    network = networks.cogvlm2(size, dtype)
-    for parent in list(network.model.layers.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, torch.nn.Linear):
-                setattr(parent, name, Int8Linear.from_linear(layer))
-    return network
+def quantized(size: str, network: CogVLMForCausalLM) -> CogVLMForCausalLM:
+    """A network of equal weights with its decoder layers in int8, as `quantization="int8"` loads them."""
+    other = share_vision(networks.cogvlm2(size, network.dtype), network)
+    for layer in other.model.layers:
+        for parent in (layer.self_attn, layer.mlp.language_mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear) and not name.startswith("vision"):
+                    setattr(parent, name, Int8Linear.from_linear(linear))
+    return other
+
+
+def share_vision(other: CogVLMForCausalLM, network: CogVLMForCausalLM) -> CogVLMForCausalLM:
+    """Let a network use another's tower and image experts, which decoding does not read: it spares memory."""
+    other.model.vision = network.model.vision
+    for layer, shared in zip(other.model.layers, network.model.layers, strict=True):
+        layer.mlp.vision_mlp = shared.mlp.vision_mlp
+        layer.self_attn.vision_expert_dense = shared.self_attn.vision_expert_dense
+        layer.self_attn.vision_expert_query_key_value = shared.self_attn.vision_expert_query_key_value
+    return other
 
 
 def cache_bytes(network: CogVLMForCausalLM, num_tokens: int) -> int:
