@@ -11,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import lavish
 from lavish.checkpoints import hf
@@ -143,6 +145,23 @@ def test_unexpected_and_misshaped_tensors_are_named(checkpoint: Path, tmp_path: 
     assert all(name.startswith("model.layers.2.") for name in seen.unexpected)
     assert seen.misshaped[0].startswith("lm_head.weight") or seen.misshaped[0].startswith("model.embed_tokens")
     assert seen.parts[-1].name == "unexpected"
+
+
+def test_names_in_a_hostile_file_steer_no_terminal(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hostile"
+    shutil.copytree(checkpoint, folder)
+    (folder / "evil\x1b[2J.py").touch()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    save_file({"evil\x1b]0;x\x07": torch.ones(1)}, folder / "more.safetensors")
+    index["weight_map"] |= {"evil\x1b]0;x\x07": "more.safetensors", "gone": "gone\x1b[2J.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(["inspect", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    for shown in (r"evil\x1b]0;x\x07", r"gone\x1b[2J.safetensors", r"evil\x1b[2J.py"):
+        assert shown in printed.out
 
 
 def test_a_saved_int8_network_is_complete(checkpoint: Path, tmp_path: Path) -> None:

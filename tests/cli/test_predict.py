@@ -31,6 +31,17 @@ def test_one_answer(vlm, checkpoint: Path, picture: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == vlm.chat(ask(picture, "What is it?"), max_new_tokens=4).text + "\n"
 
 
+def test_an_answer_steers_no_terminal(
+    checkpoint: Path, picture: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["predict", str(checkpoint), "--image", str(picture), "-q", "一", "--max-new-tokens", "12"]
+    assert main(arguments) == 0
+    assert "\x1b" in capsys.readouterr().out  # a file gets what the model wrote
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(arguments) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_many_are_batched_in_order_and_failures_are_listed(
     vlm, checkpoint: Path, picture: Path, other_picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

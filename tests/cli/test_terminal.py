@@ -2,7 +2,7 @@
 
 import pytest
 
-from lavish.cli.terminal import Progress, human_bytes, human_count, human_seconds, working
+from lavish.cli.terminal import Progress, human_bytes, human_count, human_seconds, plain, say, say_error, working
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,17 @@ def test_progress_into_a_file_is_lines(capsys: pytest.CaptureFixture[str]) -> No
     assert printed.out == ""
     assert printed.err.startswith("predict: 10 of 10, 1 failed, ")
     assert len(printed.err.splitlines()) == 1
+
+
+def test_names_of_strangers_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "a\x1b]0;title\x07\x9b2J\r\udcff.png"
+    assert plain(hostile) == r"a\x1b]0;title\x07\x9b2J\r\udcff.png"
+    assert plain("plain 图片 é\t\n") == "plain 图片 é\t\n"
+    say(hostile)
+    say_error(hostile)
+    printed = capsys.readouterr().err
+    assert printed.count(r"a\x1b]0;title\x07\x9b2J\r\udcff.png") == 2
+    assert not {"\x1b", "\x07", "\x9b"} & set(printed)
 
 
 def test_working_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lavish.cli.terminal import console, human_bytes, human_count, say
+from lavish.cli.terminal import console, human_bytes, human_count, plain, say
 
 if TYPE_CHECKING:
     from lavish.cli.inspection import Inspection
@@ -47,7 +47,7 @@ def command(
     if as_json:
         import json
 
-        print(json.dumps(seen.as_dict(), indent=2, ensure_ascii=False, default=str))
+        print(json.dumps(seen.as_dict(), indent=2, default=str))
     else:
         _print(seen)
     return INCOMPLETE if seen.has_weights and not seen.is_complete else 0
@@ -83,7 +83,7 @@ def _print(seen: Inspection) -> None:
 
     shown.print(FORMULA, style="dim", markup=False)
     for note in seen.notes:
-        shown.print(f"\n{note}", style="yellow", markup=False)
+        shown.print(f"\n{plain(note)}", style="yellow", markup=False)
     if seen.has_weights:
         shown.print()
         _print_check(seen)
@@ -92,7 +92,7 @@ def _print(seen: Inspection) -> None:
 def _heading(seen: Inspection) -> Any:
     from rich.text import Text
 
-    heading = Text(seen.path, style="bold")
+    heading = Text(plain(seen.path), style="bold")
     release = f"{seen.family} {seen.version}" if seen.version > 1 else seen.family
     where = "not on this machine" if seen.layout is None else f"layout {seen.layout}"
     heading.append(f"\n{release}", style="cyan")
@@ -161,13 +161,13 @@ def _print_check(seen: Inspection) -> None:
         shown.print("complete: every tensor that the config asks for is there, and no other", style="green")
         return
     if seen.absent_files:
-        absent = ", ".join(seen.absent_files)
+        absent = plain(", ".join(seen.absent_files))
         shown.print(f"{len(seen.absent_files)} weight files are not here: {absent}", style="red", markup=False)
     problems = {"missing": seen.missing, "unexpected": seen.unexpected, "of another shape": seen.misshaped}
     for title, names in problems.items():
         if names:
             shown.print(f"{len(names)} tensors {title}:", style="bold red")
             for name in names[:SHOWN_PROBLEMS]:
-                shown.print(f"  {name}", markup=False, soft_wrap=True)
+                shown.print(f"  {plain(name)}", markup=False, soft_wrap=True)
             if len(names) > SHOWN_PROBLEMS:
                 shown.print(f"  and {len(names) - SHOWN_PROBLEMS} more (--json lists all)", style="dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lavish.cli.terminal import Progress, console, human_seconds, say, say_error
+from lavish.cli.terminal import CONTROL, Progress, console, human_seconds, say, say_error
 from lavish.common.errors import ConfigError, LavishError
 
 if TYPE_CHECKING:
@@ -171,7 +172,8 @@ def _ask_one(vlm: VLM, image: str | None, question: str, generation: dict[str, A
     from lavish.common.media import open_image
 
     picture = None if image is None else open_image(plain_path(image), allow_urls=True)  # the user typed it
-    print(vlm.chat(_messages(picture, question), **generation).text)
+    text = vlm.chat(_messages(picture, question), **generation).text
+    print(CONTROL.sub("", text) if sys.stdout.isatty() else text)
 
 
 def _messages(image: Any, question: str) -> list[dict[str, Any]]:

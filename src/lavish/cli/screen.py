@@ -6,17 +6,13 @@ everything else goes to stderr. What a model writes never reaches a terminal as 
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lavish.cli.terminal import console, say, say_error
+from lavish.cli.terminal import CONTROL, console, plain, say, say_error
 
 if TYPE_CHECKING:
     from rich.status import Status
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""All control characters but tab and newline."""
 
 
 class Screen(Protocol):
@@ -116,11 +112,11 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Print dimly."""
-        self._shown.print(text, style="dim", markup=False)
+        self._shown.print(plain(text), style="dim", markup=False)
 
     def error(self, text: str) -> None:
         """Print in red."""
-        self._shown.print(text, style="red", markup=False)
+        self._shown.print(plain(text), style="red", markup=False)
 
     def begin(self, label: str, waiting: str) -> None:
         """Start the spinner."""
@@ -151,7 +147,7 @@ class Terminal:
             self._status.stop()
             self._status = None
         self._has_begun = True
-        self._shown.print(self._label, style="bold cyan", end="", markup=False)
+        self._shown.print(plain(self._label), style="bold cyan", end="", markup=False)
 
 
 def _completer(commands: tuple[str, ...]) -> Any:

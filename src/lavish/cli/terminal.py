@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All control characters but tab and newline."""
+_UNPRINTABLE = re.compile(rf"{CONTROL.pattern}|[\ud800-\udfff]")
 WIDTH_OF_FILES = 150
 """Columns of a table that goes into a file or pipe, where no terminal says how many there are."""
 
@@ -25,16 +29,24 @@ def console(*, stderr: bool = False) -> Console:
     return Console(file=stream, width=width, highlight=False, soft_wrap=False)
 
 
+def plain(text: str) -> str:
+    """Give text that steers no terminal: what strangers named (files, tensors) may hold control characters.
+
+    They are written as `\\x1b`, and halves of characters as `\\udc80`.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def say(message: str, style: str | None = None) -> None:
     """Print a line for the person on stderr."""
-    console(stderr=True).print(message, style=style, markup=False, soft_wrap=True)
+    console(stderr=True).print(plain(message), style=style, markup=False, soft_wrap=True)
 
 
 def say_error(message: str) -> None:
     """Print what went wrong on stderr, as plain text: markup in a message is no markup."""
     from rich.text import Text
 
-    console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    console(stderr=True).print(Text.assemble(("error: ", "bold red"), plain(message)), soft_wrap=True)
 
 
 @contextmanager
