@@ -3,6 +3,7 @@
 import pytest
 
 from lavish.common.errors import ConfigError, UnknownLayout
+from lavish.inference.build import build
 from lavish.models import FAMILIES, detect_family, family, model_zoo
 
 
@@ -47,3 +48,12 @@ def test_the_zoo_prints_as_a_table():
     assert lines[0].split() == ["name", "hub", "id", "size", "licence", "good", "at"]
     assert len(lines) == len(model_zoo) + 1
     assert "39.0 GB" in str(model_zoo)
+    assert lines[1].split()[:4] == ["pocket", "bundled", "14.9", "MB"]
+
+
+def test_the_bundled_model_is_as_the_table_says():
+    network, entry = build("pocket"), model_zoo["pocket"]
+    assert entry.hub_id is None
+    assert sum(parameter.numel() for parameter in network.parameters()) == entry.num_parameters
+    assert 2 * sum(tensor.numel() for tensor in network.state_dict().values()) == entry.num_bytes
+    assert network.config.vision_config.image_size == entry.image_size

@@ -13,7 +13,7 @@ import lavish.models as table
 from lavish.checkpoints import hub
 from lavish.checkpoints.layouts import read_config_json
 from lavish.common.errors import ConfigError, did_you_mean
-from lavish.inference.load import read_fields
+from lavish.inference.load import POCKET, read_fields
 from lavish.inference.placement import resolve_device, resolve_dtype
 
 
@@ -63,6 +63,8 @@ def read_layout(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     """
     entry = table.model_zoo.get(str(name_or_path))
     if entry is not None and not Path(name_or_path).exists():
+        if entry.hub_id is None:
+            return read_config_json(POCKET), str(POCKET / "config.json")
         path = Path(str(files("lavish") / "configs" / "models" / f"{entry.name}.yaml"))
         return read_fields(path), str(path)
     if not Path(name_or_path).exists() and "/" not in str(name_or_path):

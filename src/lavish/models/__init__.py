@@ -106,6 +106,17 @@ _V1_490_BYTES, _V1_224_BYTES, _V2_BYTES = 35_279_374_848, 35_275_901_952, 39_006
 
 ZOO: tuple[ZooEntry, ...] = (
     ZooEntry(
+        "pocket",
+        "cogvlm",
+        None,
+        "Apache-2.0",
+        7_457_088,
+        14_914_416,
+        112,
+        "trying lavish, offline: drawn pictures of coloured shapes and a number, in English and Chinese; nothing else",
+        "chat",
+    ),
+    ZooEntry(
         "cogvlm-chat-v1.1",
         "cogvlm",
         "THUDM/cogvlm-chat-hf",
@@ -258,10 +269,14 @@ class ModelZoo(Mapping[str, ZooEntry]):
         return len(_BY_NAME)
 
     def __str__(self) -> str:
-        rows = [(e.name, e.hub_id or "bundled", f"{e.num_bytes / 1e9:.1f} GB", e.licence, e.good_at) for e in ZOO]
+        rows = [(e.name, e.hub_id or "bundled", _size(e.num_bytes), e.licence, e.good_at) for e in ZOO]
         head = ("name", "hub id", "size", "licence", "good at")
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head) - 1)]
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]) for row in [head, *rows])
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 model_zoo = ModelZoo()
