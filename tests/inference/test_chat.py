@@ -172,6 +172,8 @@ def test_an_empty_batch_and_a_bad_row(v2):
         v2.vlm().batch([ASK, [{"role": "robot", "content": "hi"}]])
     with pytest.raises(ConfigError, match="batch_size must be"):
         v2.vlm().batch([ASK], batch_size=0)
+    with pytest.raises(ConfigError, match="batch_size must be a whole number"):
+        v2.vlm().batch([ASK], batch_size="8")  # type: ignore[arg-type]
 
 
 # -- reuse -----------------------------------------------------------------------------------------------------------

@@ -290,6 +290,9 @@ def test_another_number_of_layers_than_the_config_says(folder):
         ({"qformer": "x"}, "'qformer'.*without pieces"),
         ({"devise": "cpu"}, "Did you mean 'device'"),
         ({"base": "somewhere"}, "is no adapter"),
+        ({"device": None}, "No device None"),
+        ({"config": [("rope", "float32")]}, "config= must be a dict"),
+        ({"config": {"vision_config": 3}}, "vision_config is 3 and must be an object"),
     ],
 )
 def test_wrong_options(v2, options, message):

@@ -59,6 +59,8 @@ def test_an_unknown_option_suggests_the_nearest():
         ({"chat_template": 3}, "template's name"),
         ({"max_length": 10, "max_new_tokens": 10}, "not both"),
         ({"do_sample": True, "temperature": 0}, "no meaning"),
+        ({"seed": 2**64}, r"below 2\*\*64"),
+        ({"temperature": 10**400}, "beyond all floats"),
     ],
 )
 def test_wrong_values_are_refused(given, message):

@@ -71,6 +71,12 @@ def test_the_same_seed_gives_the_same_tokens(logits):
     assert draw(7) != draw(8)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_a_temperature_near_zero_is_nearly_greedy(temperature):
+    options = parse_options({"temperature": temperature, "seed": 0})
+    assert [Sampler(options, [])(torch.tensor([50.0, 100.0, 99.0])) for _ in range(3)] == [1] * 3
+
+
 def test_a_token_without_probability_is_never_drawn():
     logits = torch.full((10,), -torch.inf)
     logits[4] = 0.0

@@ -182,6 +182,8 @@ def _overrides(config: Mapping[str, Any] | str | Path | None, rope: str | None) 
     """Give the config fields that the caller replaces."""
     if isinstance(config, str | Path):
         config = read_fields(Path(config))
+    if config is not None and not isinstance(config, Mapping):
+        raise ConfigError(f"config= must be a dict of fields or a JSON or YAML file, not {type(config).__name__}.")
     fields = {str(name): value for name, value in (config or {}).items()}
     return fields if rope is None else {**fields, "rope": rope}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,6 +71,8 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{name} must be at least {low}, not {value}.")
+        if self.seed is not None and self.seed >= 2**64:
+            raise ConfigError(f"seed must be below 2**64, not {self.seed}.")
         if self.repetition_penalty <= 0:
             raise ConfigError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
         if self.do_sample and self.temperature == 0:
@@ -138,6 +142,8 @@ def _check_number(name: str, value: Any, kind: type) -> None:
     allowed = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed) or value != value:
         raise ConfigError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {value!r}.")
+    if kind is float and abs(value) > sys.float_info.max and value not in (math.inf, -math.inf):
+        raise ConfigError(f"{name} is a number beyond all floats.")
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

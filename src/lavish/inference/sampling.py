@@ -73,7 +73,8 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor) -> int:
         options = self.options
-        logits = logits / (options.temperature or 1.0)
+        # The largest becomes 0, so that a temperature near 0 gives -inf for the others and no NaN.
+        logits = (logits - logits.max()) / max(options.temperature or 1.0, torch.finfo(torch.float32).tiny)
         if options.top_k:
             logits = keep_top_k(logits, options.top_k)
         probabilities = keep_top_p(logits, options.top_p or 1.0).softmax(-1)

@@ -241,8 +241,8 @@ class VLM:
 
         Raises: as `chat`, with the number of the conversation, before anything is computed.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number, at least 1, not {batch_size!r}.")
         options = parse_options(generation, self._sampling_defaults)
         prompts, limits = [], []
         for index, messages in enumerate(conversations):

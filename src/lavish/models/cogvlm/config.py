@@ -208,6 +208,7 @@ def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
         raise ConfigError(f"config: {unknown[0]!r} is no field of CogVLMConfig.{did_you_mean(unknown[0], known)}")
     renamed = {CogVLMConfig.attribute_map.get(key, key): value for key, value in overrides.items()}
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "vision_config")}
-    if isinstance(renamed.get("vision_config"), dict):
-        renamed["vision_config"] = {**vision, **renamed["vision_config"]}
+    if "vision_config" in renamed:
+        _check_form(renamed, "config")
+        renamed["vision_config"] = {**vision, **(renamed["vision_config"] or {})}
     return CogVLMConfig(**{**fields, "vision_config": vision, **renamed})
