@@ -53,6 +53,7 @@ def test_many_are_batched_in_order_and_failures_are_listed(
         {"image": str(other_picture), "question": "word " * 9000, "id": "d"},
         {"image": str(other_picture), "question": "And a longer one here?", "id": "e"},
         {"id": "f"},
+        {"image": "https://name:word@example.com/a.png?key=1", "question": "What?", "id": "g"},
     ]
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -60,11 +61,16 @@ def test_many_are_batched_in_order_and_failures_are_listed(
     assert main(arguments) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "3 answered, 3 failed" in printed.err
+    assert "3 answered, 4 failed" in printed.err
+    assert (
+        "error: g: 'https://...@example.com/a.png' is a URL; URLs of a JSONL are fetched with --allow-urls"
+        in printed.err
+    )
     assert "error: b: The image file" in printed.err
     rows = read_rows(output)
-    assert [row["id"] for row in rows] == list("abcdef")
-    assert [row.get("error_type") for row in rows] == [None, "MediaError", None, "PromptError", None, "DataError"]
+    assert [row["id"] for row in rows] == list("abcdefg")
+    kinds = [None, "MediaError", None, "PromptError", None, "DataError", "MediaError"]
+    assert [row.get("error_type") for row in rows] == kinds
     assert not rows[3]["error"].startswith("Conversation")
     for place, image, question in ((0, picture, "What?"), (2, None, "Hello"), (4, other_picture, lines[4]["question"])):
         expected = vlm.chat(ask(image, question), max_new_tokens=4)
@@ -77,7 +83,7 @@ def test_many_are_batched_in_order_and_failures_are_listed(
     (tmp_path / "bad.png").write_bytes(picture.read_bytes())
     assert main([*arguments, "--retry-failed"]) == 1
     rows = read_rows(output)
-    assert sorted(row["id"] for row in rows) == list("abcdef")
+    assert sorted(row["id"] for row in rows) == list("abcdefg")
     assert "answer" in next(row for row in rows if row["id"] == "b")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lavish.cli.terminal import CONTROL, Progress, console, human_seconds, say, say_error
-from lavish.common.errors import ConfigError, LavishError
+from lavish.common.errors import ConfigError, DataError, LavishError, MediaError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -51,7 +51,7 @@ def command(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Questions computed together.")] = 4,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run into the same file.")
+        bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run; the new lines come last.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew if --output exists.")] = False,
     allow_urls: Annotated[
@@ -236,11 +236,16 @@ class Run:
 
     def _open(self, item: Question) -> Any:
         """Give the image, None where there is none to see, or the error."""
-        from lavish.common.errors import DataError
+        from lavish.cli.dialogue import is_url
+        from lavish.common.fetch import shown_url
         from lavish.common.media import open_image
 
         if item.problem is not None:
             return DataError(item.problem)
+        if item.image is not None and is_url(item.image) and not self.allow_urls:
+            return MediaError(
+                f"{shown_url(item.image)!r} is a URL; URLs of a JSONL are fetched with --allow-urls only."
+            )
         try:
             return None if item.image is None else open_image(item.image, allow_urls=self.allow_urls)
         except LavishError as error:

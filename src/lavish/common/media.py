@@ -187,8 +187,8 @@ def _read_url(url: str, limits: MediaLimits, allow_urls: bool, fetcher: Fetcher 
         raise MediaError("A file:// URL is never opened as an image; give the path itself where paths are allowed.")
     if not allow_urls:
         raise MediaError(
-            f"The image {shown_url(url)!r} is a URL, and URLs are not fetched here; pass allow_urls=True, "
-            "or give the image as a file or data URL."
+            f"The image {shown_url(url)!r} is a URL, and URLs are not fetched here; open it first with "
+            "lavish.common.media.open_image(url, allow_urls=True), or give the image as a file or data URL."
         )
     fetcher = fetcher or Fetcher(max_bytes=limits.max_image_bytes, timeout_s=limits.timeout_s)
     encoded = fetcher.fetch(url)
