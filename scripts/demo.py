@@ -17,7 +17,7 @@ OUTPUT = ROOT / "demo" / "grounding.png"
 QUESTIONS = (
     "What color is the star?",
     "图中的数字是多少？",
-    "Where is the purple square? answer in [[x0,y0,x1,y1]] format.",
+    "Where is the blue square? answer in [[x0,y0,x1,y1]] format.",
 )
 MAX_NEW_TOKENS = 64
 
