@@ -75,7 +75,7 @@ class Int8Linear(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         rows = hidden_states.reshape(-1, self.in_features)
         if self._can_use_packed(rows):
-            product = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.weight_scale)
+            product = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, self.weight_scale)
         else:
             product = F.linear(rows, self.weight.to(rows.dtype)) * self.weight_scale
         if self.bias is not None:
