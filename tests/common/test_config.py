@@ -349,6 +349,7 @@ def test_a_section_is_checked_with_the_layer_named(recipe: Path, names: Registry
     ("options", "message"),
     [
         (["modle.x=1"], "Unknown section 'modle'. Did you mean 'model'"),
+        (["datasets=3"], "datasets: 3 where keys and values are expected"),
         (["model.arch=blipp"], "No model is named 'blipp'. Did you mean 'blip'"),
         (["model.model_type=bass"], "model.model_type of 'blip' is 'bass'. Did you mean 'base'"),
         (["datasets.cocoo.x=1"], "No builder is named 'cocoo'. Did you mean 'coco'"),
@@ -365,3 +366,9 @@ def test_a_recipe_without_sections_has_empty_ones() -> None:
     config = Config({"run": {"task": "x"}})
     assert config.model_cfg == {}
     assert config.datasets_cfg == {}
+
+
+def test_a_model_of_the_built_in_table_has_no_default_files() -> None:
+    with pytest.raises(ConfigError, match=r"model\.model_type of 'cogvlm' is 'cogvlm2'\. Known: none"):
+        Config({"model": {"arch": "cogvlm", "model_type": "cogvlm2"}})
+    assert Config({"model": {"arch": "cogvlm"}}).model_cfg == {"arch": "cogvlm"}

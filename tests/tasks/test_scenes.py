@@ -244,6 +244,8 @@ def test_wrong_settings_are_found_in_setup(tmp_path: Path, override: str, messag
     [
         ("model.arch=blip", "found arch 'blip'"),
         ("model.config.hidden_size=33", "hidden_size % num_attention_heads"),
+        ("model.config.hidden_siz=64", r"'hidden_siz' is no field .*Did you mean 'hidden_size'"),
+        ("model.config.vision_config.num_head=4", r"'vision_config.num_head' is no field.*Did you mean 'num_heads'"),
         ("model.config.num_multi_query_heads=null", "no num_multi_query_heads"),
         ("model.config.vision_config.hidden_size=64", f"is 64; the code .* at least {CODE_SIZE}"),
         ("model.config.eos_token_id=5", "eos_token_id is 5; the tokenizer's is 1"),

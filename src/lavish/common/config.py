@@ -253,6 +253,8 @@ class Config:
 
         Raises: ConfigError for an unknown section, model, model type or dataset.
         """
+        from omegaconf import DictConfig
+
         if isinstance(source, (str, Path)):
             recipe = load_yaml(source)
         elif isinstance(source, Mapping):
@@ -264,6 +266,8 @@ class Config:
             if section not in SECTIONS:
                 hint = did_you_mean(str(section), SECTIONS)
                 raise ConfigError(f"Unknown section {section!r}.{hint} Sections: {', '.join(SECTIONS)}.")
+            if asked[section] is not None and not isinstance(asked[section], DictConfig):
+                raise ConfigError(f"{section}: {asked[section]!r} where keys and values are expected.")
         self.config = merge(*_model_defaults(asked, names), *_dataset_defaults(asked, names), asked)
 
     @property
@@ -320,7 +324,8 @@ def _model_defaults(asked: "DictConfig", names: Registry) -> list["DictConfig"]:
     arch, model_type = section.get("arch"), section.get("model_type")
     if arch is None or model_type is None:
         return []
-    files = names.get_model_class(arch).PRETRAINED_MODEL_CONFIG_DICT
+    # Networks alone, as the built-in ones are, have no default files.
+    files = getattr(names.get_model_class(str(arch)), "PRETRAINED_MODEL_CONFIG_DICT", {})
     path = _default_file(files, model_type, f"model.model_type of {arch!r}")
     loaded = load_yaml(path)
     return [label({key: loaded[key] for key in ("model", "preprocess") if key in loaded}, str(path))]
@@ -341,5 +346,6 @@ def _dataset_defaults(asked: "DictConfig", names: Registry) -> list["DictConfig"
 def _default_file(files: Mapping[str, str], name: str, key: str) -> Path:
     """Give the path of a default YAML; relative ones stand in the package."""
     if name not in files:
-        raise ConfigError(f"{key} is {name!r}.{did_you_mean(str(name), files)} Known: {', '.join(files)}.")
+        known = ", ".join(files) or "none"
+        raise ConfigError(f"{key} is {name!r}.{did_you_mean(str(name), files)} Known: {known}.")
     return PACKAGE / files[name]

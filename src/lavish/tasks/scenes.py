@@ -139,7 +139,8 @@ class ScenesTask(BaseTask):
             )
         fields = cast(dict[str, Any], OmegaConf.to_container(model["config"], resolve=True))
         fields["vocab_size"] = build_tokenizer().get_vocab_size()
-        config = family("cogvlm").read_config(fields, "model.config")
+        # Given as overrides too, so that a name that is no field is an error; config.json files of others may have any.
+        config = family("cogvlm").read_config(fields, "model.config", **fields)
         for name, token_id in TOKEN_IDS.items():
             if vars(config)[name] != token_id:
                 raise ConfigError(f"model.config.{name} is {vars(config)[name]}; the tokenizer's is {token_id}.")
