@@ -1,18 +1,19 @@
 """Both languages say the same things and fill in the same names."""
 
 import re
+from dataclasses import fields
 from string import Formatter
 
 import pytest
 
-from lavish.cli.wording import WORDINGS, choose_language, names
+from lavish.cli.wording import WORDINGS, Wording, choose_language
 
 
 def holes(text: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(text) if name}
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [entry.name for entry in fields(Wording)])
 def test_both_languages_fill_in_the_same(name: str) -> None:
     english, chinese = (getattr(WORDINGS[language], name) for language in ("en", "zh"))
     assert holes(english) == holes(chinese)

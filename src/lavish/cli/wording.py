@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 LANGUAGES = ("en", "zh")
 
@@ -40,7 +40,6 @@ class Wording:
     again_to_leave: str
     unknown_command: str
     out_of_memory: str
-    bye: str
     timing: str
     user_title: str
     help: str
@@ -74,7 +73,6 @@ EN = Wording(
     again_to_leave="Ctrl-C again leaves, and so does stop.",
     unknown_command="No command {name}.{hint} /help lists them.",
     out_of_memory="Not enough memory for this question. /clear starts anew; --quantization int8 needs less.",
-    bye="Bye.",
     timing="{seconds}, {count} tokens, {rate:.1f} tokens/s",
     user_title="User",
     help="""\
@@ -116,7 +114,6 @@ ZH = Wording(
     again_to_leave="再按一次 Ctrl-C 退出，也可以输入 stop。",
     unknown_command="没有命令 {name}。{hint} 输入 /help 查看命令。",
     out_of_memory="内存不足，无法回答这个问题。/clear 重新开始；--quantization int8 占用更少。",
-    bye="再见。",
     timing="{seconds}，{count} 个 token，{rate:.1f} token/s",
     user_title="用户",
     help="""\
@@ -139,8 +136,3 @@ def choose_language(asked: str | None, environment: Mapping[str, str] = os.envir
         return asked
     locale = next((environment[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if environment.get(name)), "")
     return "zh" if locale.lower().startswith("zh") else "en"
-
-
-def names() -> list[str]:
-    """Name the texts of a language."""
-    return [entry.name for entry in fields(Wording)]

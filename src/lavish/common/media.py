@@ -321,7 +321,7 @@ def _to_rgb(image: Image.Image, label: str, limits: MediaLimits, exif_rotation: 
             del image.info["transparency"]
         rgb = image.convert("RGB")
     except (*_PILLOW_FAULTS, *_bomb_errors()) as error:
-        what = getattr(image, "format", None) or image.mode
+        what = image.format or image.mode
         raise MediaError(
             f"{_capital(label)} cannot be decoded; the {what} is damaged or cut off: {_reason(error)}."
         ) from error

@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from lavish.common.errors import ConfigError, did_you_mean
+from lavish.models.cogvlm.manifest import OPTIONAL_SIZES, OPTIONAL_VISION_SIZES, SIZES, VISION_SIZES
 
-ARCHITECTURE = "CogVLMForCausalLM"
 ROPE_THETA = {1: 10000.0, 2: 500000.0}  # in the released code, not in its config
 
 
@@ -36,7 +36,7 @@ class CogVLMVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        _check_sizes(self, VISION_SIZES, "vision_config.")
+        _check_sizes(self, VISION_SIZES, "vision_config.", may_be_none="num_positions")
         _check_above_zero("vision_config.layer_norm_eps", self.layer_norm_eps)
         num_positions = self.num_patches + 1
         if self.num_positions is None:
@@ -87,7 +87,7 @@ class CogVLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.rope not in ("reference", "float32"):
             raise ConfigError(f"rope={self.rope!r} was asked; it is 'reference' (the stored inv_freq) or 'float32'.")
-        _check_sizes(self, SIZES if self.num_multi_query_heads is None else (*SIZES, "num_multi_query_heads"))
+        _check_sizes(self, SIZES, may_be_none="num_multi_query_heads")
         _check_above_zero("rms_norm_eps", self.rms_norm_eps)
         if self.rope_theta is not None:
             _check_above_zero("rope_theta", self.rope_theta)
@@ -138,9 +138,11 @@ def _check(name: str, found, expected, why: str) -> None:
         raise ConfigError(f"config: {name} is {found!r} and must be {expected!r} ({why}). Correct the config.json.")
 
 
-def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], prefix: str = "") -> None:
+def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], prefix: str = "", *, may_be_none: str) -> None:
     for name in names:
         value = getattr(config, name)
+        if value is None and name == may_be_none:
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(
                 f"config: {prefix}{name} is {value!r} and must be a whole number above 0. Correct the config.json."
@@ -162,26 +164,9 @@ def _check_form(config: dict, where: str) -> None:
             raise ConfigError(f"{where}: {key} is {config[key]!r}; it is one of {', '.join(DTYPES)}.")
 
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
-VISION_SIZES = (
-    "image_size",
-    "patch_size",
-    "in_channels",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_heads",
-)
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-REQUIRED = (*(name for name in SIZES if name != "max_position_embeddings"), "vision_config")
-REQUIRED_VISION = tuple(name for name in VISION_SIZES if name != "in_channels")
+REQUIRED = (*(name for name in SIZES if name not in OPTIONAL_SIZES), "vision_config")
+REQUIRED_VISION = tuple(name for name in VISION_SIZES if name not in OPTIONAL_VISION_SIZES)
 
 
 def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:

@@ -272,16 +272,7 @@ class CogVLMProcessor(ProcessorMixin):
                 f"The template {name!r} is for conversations without an image; use 'chat', 'vqa' or 'base'."
             )
         is_finished = rounds[-1].answer is not None
-        if return_labels and not is_finished:
-            raise PromptError(
-                "return_labels needs a conversation that ends with an answer; its last message has role 'user'."
-            )
-        if is_finished and not return_labels and add_generation_prompt:
-            raise PromptError(
-                "The conversation ends with an answer, so there is nothing to generate: add a question, or pass "
-                "add_generation_prompt=False "
-                "(or return_labels=True for training)."
-            )
+        _check_end(is_finished, add_generation_prompt, return_labels)
         if not is_finished and image is None and not any(message.text().strip() for message in messages):
             raise PromptError("The prompt is empty: no text and no image.")
         questions = [turn.user.text() for turn in rounds]
@@ -291,9 +282,8 @@ class CogVLMProcessor(ProcessorMixin):
             if is_finished and not is_last_only and len(answers) > 1:
                 raise PromptError(
                     f"The template {name!r} has no history, so a conversation of {len(answers)} answers cannot be "
-                    "trained as one sequence: "
-                    "give each question with its answer as a conversation of its own, or use compat='release' (the "
-                    "last answer only)."
+                    "trained as one sequence: give each question with its answer as a conversation of its own, or use "
+                    "compat='release' (the last answer only)."
                 )
             questions, answers = questions[-1:], answers[-1:] if is_finished else []
         if system is not None and system.text():
@@ -452,6 +442,19 @@ class CogVLMProcessor(ProcessorMixin):
                 shown.append(f"«{text}»" if kind == "answer" else text)
             start = end
         return "".join(shown)
+
+
+def _check_end(is_finished: bool, add_generation_prompt: bool, return_labels: bool) -> None:
+    """Check that the last message is what the call needs: an answer to learn, or a question to answer."""
+    if return_labels and not is_finished:
+        raise PromptError(
+            "return_labels needs a conversation that ends with an answer; its last message has role 'user'."
+        )
+    if is_finished and not return_labels and add_generation_prompt:
+        raise PromptError(
+            "The conversation ends with an answer, so there is nothing to generate: add a question, or pass "
+            "add_generation_prompt=False (or return_labels=True for training)."
+        )
 
 
 def _last_turn(
