@@ -8,9 +8,11 @@ flexible way (batches, growing caches, no compilation), and the faster one where
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 from lavish.common.errors import PromptError
 from lavish.inference.steps import CogVLMSteps, Prompt
@@ -119,7 +121,8 @@ class StaticStep:
     def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Record the step as a graph. The runs before it write the slot that the first replay writes again: the
         counters are put back after each."""
-        counters = [self._position, *(layer.cumulative_length for layer in self.cache.layers)]
+        layers = cast(list[StaticLayer], self.cache.layers)  # CogVLM has no layers of another kind
+        counters = [self._position, *(layer.cumulative_length for layer in layers)]
         before = [counter.clone() for counter in counters]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

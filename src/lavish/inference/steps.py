@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from lavish.inference.cache import SliceCache
 from lavish.models.cogvlm.model import CogVLMForCausalLM
@@ -83,7 +84,7 @@ class CogVLMSteps:
 
     @torch.inference_mode()
     def prefill(
-        self, prompts: Sequence[Prompt], features: torch.Tensor | None, cache: SliceCache, num_cached: int = 0
+        self, prompts: Sequence[Prompt], features: torch.Tensor | None, cache: Cache, num_cached: int = 0
     ) -> tuple[torch.Tensor, DecodeState]:
         """Put prompts into the cache; rows of different lengths are padded on the left.
 

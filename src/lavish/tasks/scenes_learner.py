@@ -129,8 +129,8 @@ class SceneLearner(nn.Module):
     def forward(self, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Give `loss` and its named parts. Samples: what `SceneDataset.collater` makes."""
         losses: dict[str, torch.Tensor] = {}
-        dense_loss: torch.Tensor | float = 0.0
         code = label_code(samples)
+        dense_loss = code.new_zeros(())
         if self.stage == "decoder":
             vision_hidden_states = self._noisy_code(code)
         elif self.stage == "text":
@@ -141,7 +141,7 @@ class SceneLearner(nn.Module):
             dense = self.heads(vision_hidden_states, samples)
             losses.update(dense)
             losses["loss_code"] = F.mse_loss(vision_hidden_states.float(), code @ self.code_basis)
-            dense_loss = sum(value for name, value in dense.items() if name.startswith("loss_")) + losses["loss_code"]
+            dense_loss = losses["loss_code"] + sum(value for name, value in dense.items() if name.startswith("loss_"))
         if self.stage == "tower":
             return {"loss": dense_loss, **losses}
         text_loss, right = self._text_loss(vision_hidden_states, samples)
