@@ -6,6 +6,7 @@ Nothing of lavish is imported here; every module under `src/lavish` is parsed.
 import ast
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -182,6 +183,14 @@ def test_no_code_of_checkpoints_or_pickles_runs(path: Path) -> None:
         if called in ("eval", "exec", "pickle.load", "pickle.loads"):
             wrong.append(f"line {node.lineno}: {called}")
     assert not wrong, f"{path.relative_to(ROOT)}:\n" + "\n".join(wrong)
+
+
+def test_dependencies_start_where_known_holes_are_closed() -> None:
+    """Of torch.load, which reads a run's own checkpoints (CVE-2026-24747), and of Pillow (CVE-2026-40192)."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = dict(re.match(r"([\w.-]+)>=([\d.]+)", line).groups() for line in project["dependencies"])  # type: ignore[union-attr]
+    assert [int(part) for part in lowest["torch"].split(".")] >= [2, 10]
+    assert [int(part) for part in lowest["pillow"].split(".")] >= [12, 2]
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("models/*/model.py")), ids=lambda path: path.parent.name)

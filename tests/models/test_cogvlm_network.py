@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from lavish.common.errors import CheckpointError, ConfigError, PromptError
 from lavish.models.cogvlm.config import read_config
+from lavish.models.cogvlm.manifest import read_sizes
 from lavish.models.cogvlm.model import (
     CogVLMForCausalLM,
     ExpertRouting,
@@ -342,6 +343,15 @@ def test_a_size_that_is_none_is_named(name, value):
     section[name.removeprefix("vision_config.")] = value
     with pytest.raises(ConfigError, match=rf"{name} is .* and must be a whole number above 0"):
         read_config(fields, "config.json")
+
+
+@pytest.mark.parametrize("section", ["", "vision_config."])
+def test_absurdly_many_layers_are_refused_before_one_is_made(section):
+    fields = json.loads((golden("cogvlm2").folder / "checkpoint/config.json").read_text())
+    (fields["vision_config"] if section else fields)["num_hidden_layers"] = 10**9
+    for read in (read_config, read_sizes):
+        with pytest.raises(ConfigError, match=r"num_hidden_layers is 1000000000, over 1000"):
+            read(fields, "config.json")
 
 
 def test_wrong_config_of_the_tower_names_the_field():

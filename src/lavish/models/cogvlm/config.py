@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from lavish.common.errors import ConfigError, did_you_mean
-from lavish.models.cogvlm.manifest import OPTIONAL_SIZES, OPTIONAL_VISION_SIZES, SIZES, VISION_SIZES
+from lavish.models.cogvlm.manifest import MAX_LAYERS, OPTIONAL_SIZES, OPTIONAL_VISION_SIZES, SIZES, VISION_SIZES
 
 ROPE_THETA = {1: 10000.0, 2: 500000.0}  # in the released code, not in its config
 
@@ -147,6 +147,9 @@ def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], prefix: str =
             raise ConfigError(
                 f"config: {prefix}{name} is {value!r} and must be a whole number above 0. Correct the config.json."
             )
+    num_layers = config.num_hidden_layers
+    if num_layers > MAX_LAYERS:
+        raise ConfigError(f"config: {prefix}num_hidden_layers is {num_layers}, over {MAX_LAYERS}. Correct the config.json.")
 
 
 def _check_above_zero(name: str, value: object) -> None:

@@ -43,6 +43,8 @@ VISION_SIZES = (
     "num_hidden_layers",
     "num_heads",
 )
+MAX_LAYERS = 1000
+"""The deepest part released has 63. A config.json may be a stranger's, and layers cost time before any file is read."""
 OPTIONAL_SIZES = {"num_multi_query_heads": None, "max_position_embeddings": 2048}
 OPTIONAL_VISION_SIZES = {"in_channels": 3, "num_positions": None}
 STANDARD_NAMES = {"num_key_value_heads": "num_multi_query_heads"}
@@ -140,6 +142,8 @@ def _size(fields: Mapping[str, Any], name: str, where: str, optional: Mapping[st
         raise ConfigError(
             f"{where}: {name} is {found} and must be a whole number above 0. Fetch the config.json again."
         )
+    if name == "num_hidden_layers" and value > MAX_LAYERS:
+        raise ConfigError(f"{where}: {name} is {value}, over {MAX_LAYERS}. Fetch the config.json again.")
     return value
 
 
