@@ -149,7 +149,9 @@ def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], prefix: str =
             )
     num_layers = config.num_hidden_layers
     if num_layers > MAX_LAYERS:
-        raise ConfigError(f"config: {prefix}num_hidden_layers is {num_layers}, over {MAX_LAYERS}. Correct the config.json.")
+        raise ConfigError(
+            f"config: {prefix}num_hidden_layers is {num_layers}, over {MAX_LAYERS}. Correct the config.json."
+        )
 
 
 def _check_above_zero(name: str, value: object) -> None:
