@@ -600,6 +600,22 @@ def test_lora_attaches_to_every_offered_target(family):
     assert tokens[0, -10:].tolist() == data.tensors["chat_image.greedy_ids"].tolist()
 
 
+@BOTH
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_weights_that_accelerate_offloads_give_the_same_tokens(family, where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    data, network = golden(family), golden(family).network()
+    if where == "cpu":
+        network = accelerate.cpu_offload(network, execution_device=torch.device("cpu"))
+    else:
+        names = ["embed_tokens", "vision", "norm", *(f"layers.{index}" for index in range(3))]
+        places = {f"model.{name}": "disk" for name in names} | {"model.layers.0": "cpu", "lm_head": "disk"}
+        network = accelerate.dispatch_model(network, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert network.model.vision.boi.is_meta
+    tokens = network.generate(**data.inputs("chat_image"), max_new_tokens=10, do_sample=False, eos_token_id=None)
+    assert tokens[0, -10:].tolist() == data.tensors["chat_image.greedy_ids"].tolist()
+
+
 # -- compilation -------------------------------------------------------------------------------------------------------
 
 

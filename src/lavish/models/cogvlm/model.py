@@ -432,8 +432,8 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Give the rows that replace an image's slots. (images, 3, S, S) -> (images, num_image_tokens, hidden)."""
         vision = self.model.vision
-        pixel_values = pixel_values.to(vision.boi.device, vision.boi.dtype)
-        return vision(pixel_values, self.config._attn_implementation or "sdpa")
+        device = pixel_values.device if vision.boi.is_meta else vision.boi.device  # meta: offloaded, accelerate moves
+        return vision(pixel_values.to(device, vision.boi.dtype), self.config._attn_implementation or "sdpa")
 
     def forward(
         self,
