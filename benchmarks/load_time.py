@@ -91,7 +91,8 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
     def nbytes(network: CogVLMForCausalLM) -> int:
         return sum(2 * value.numel() for value in network.state_dict().values())
 
-    fixed, one = nbytes(on_meta(0)), nbytes(on_meta(1)) - nbytes(on_meta(0))
+    one = nbytes(on_meta(2)) - nbytes(on_meta(1))
+    fixed = nbytes(on_meta(1)) - one
     network = on_meta(max(1, round((gigabytes * 1e9 - fixed) / one)))
     state, generator = {}, torch.Generator().manual_seed(0)
     for name, value in network.state_dict().items():

@@ -199,6 +199,12 @@ def test_a_network_is_one_readable_file(path: Path) -> None:
     assert num_lines <= MAX_NETWORK_LINES, f"{path.relative_to(ROOT)} has {num_lines} lines"
 
 
+def test_names_of_test_modules_are_unique() -> None:
+    """pytest imports them by their bare name, and leaves the second of two out."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert not sorted(name for name in set(names) if names.count(name) > 1)
+
+
 def test_no_file_names_a_machine_or_a_registry() -> None:
     found = []
     for path in tracked_text_files():
