@@ -202,7 +202,8 @@ def test_an_unknown_field_suggests(more: list[str], capsys: pytest.CaptureFixtur
     assert "Did you mean 'num_hidden_layers'?" in capsys.readouterr().err
 
 
-def test_the_tree(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tree(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # a runner of tests may set it
     assert main(["inspect", NAME, "--tree", "--set", "num_hidden_layers=2"]) == 0
     printed = capsys.readouterr().out
     assert "0-1  DecoderLayer  x 2  872.44 M" in printed
