@@ -142,8 +142,10 @@ def report(network, dtype: str, name: str, contenders, prompts: list[Prompt], ro
         if key != "lavish":
             print(f"    {key} / lavish: {measure.ratio(seconds, key, 'lavish')}")
     if len(prompts) == 1:
-        median = measure.ratio(seconds, "release", "lavish").median
-        print("    " + measure.verdict(f"{dtype}, one row", median, GOAL))
+        for key in contenders:
+            if key.startswith("lavish"):
+                median = measure.ratio(seconds, "release", key).median
+                print("    " + measure.verdict(f"{dtype}, one row, {key}", median, GOAL))
 
 
 if __name__ == "__main__":
