@@ -80,7 +80,9 @@ def interrupt(process: "subprocess.Popen[str]") -> str:
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RUN_CLI, "train", str(write(tmp_path)), "--set", "run.max_iters=100000"]
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background shell ignores it
+    arguments = ["train", str(write(tmp_path)), "--set", "run.max_iters=100000"]
+    command = [sys.executable, "-c", heard + RUN_CLI, *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
