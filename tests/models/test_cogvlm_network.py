@@ -7,7 +7,7 @@ import pytest
 import torch
 from cogvlm_fixture import FAMILIES, FIXTURES, golden, left_padded, prompts, shared_network
 from safetensors.torch import load_file
-from tolerance import GRADIENTS, LOGITS, LOSS, SAME_MATH, VISION
+from tolerance import GRADIENTS, SAME_MATH, close
 from transformers import DynamicCache, StaticCache
 
 from lavish.common.errors import CheckpointError, ConfigError, PromptError
@@ -29,10 +29,6 @@ STAGED = [(family, name) for family, name in prompts() if f"{name}.vision.featur
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: dict) -> None:
-    torch.testing.assert_close(actual.to(expected.dtype), expected, **tolerance)
-
-
 def mixed(family: str) -> list[str]:
     """Prompts of one batch: two with an image, at different places after padding, and one without."""
     return ["chat_image", next(name for name in golden(family).ids() if name.startswith("text_only")), "zh_image"]
@@ -48,15 +44,15 @@ def test_tower_stages(family, name):
     stages = ("patch_embedding", "transformer", "conv")
     expected = {stage: data.tensors.get(f"{name}.vision.{stage}") for stage in stages}
     embedded = vision.patch_embedding(data.pixels(name))
-    close(embedded[0], expected["patch_embedding"], VISION)
+    close(embedded[0], expected["patch_embedding"])
     rows = vision.transformer(embedded)
-    close(rows[0], expected["transformer"], VISION)
+    close(rows[0], expected["transformer"])
     patches = vision.encode(data.pixels(name))
     if expected["conv"] is not None:  # CogVLM2 merges 2 x 2
-        close(patches[0].T.reshape(expected["conv"].shape), expected["conv"], VISION)
-    close(vision.linear_proj(patches)[0], data.tensors[f"{name}.vision.linear_proj"], VISION)
+        close(patches[0].T.reshape(expected["conv"].shape), expected["conv"])
+    close(vision.linear_proj(patches)[0], data.tensors[f"{name}.vision.linear_proj"])
     features = shared_network(family).get_image_features(data.pixels(name))
-    close(features[0], data.tensors[f"{name}.vision.features"], VISION)
+    close(features[0], data.tensors[f"{name}.vision.features"])
 
 
 @EVERY_PROMPT
@@ -74,8 +70,8 @@ def test_hidden_states_and_logits(family, name):
     tensors = golden(family).tensors
     output = shared_network(family)(**golden(family).inputs(name), output_hidden_states=True)
     if f"{name}.layer0_hidden" in tensors:
-        close(output.hidden_states[1][0], tensors[f"{name}.layer0_hidden"], VISION)
-    close(output.logits[0], tensors[f"{name}.logits"], LOGITS)
+        close(output.hidden_states[1][0], tensors[f"{name}.layer0_hidden"])
+    close(output.logits[0], tensors[f"{name}.logits"])
     assert output.logits.dtype == torch.float32
 
 
@@ -92,7 +88,7 @@ def test_greedy_steps_with_a_cache(family, name):
         if step:
             output = network(input_ids=data.tensors[f"{name}.greedy_ids"][None, step - 1, None], past_key_values=cache)
         cache = output.past_key_values
-        close(output.logits[0, -1], logits, LOGITS)
+        close(output.logits[0, -1], logits)
         assert output.logits[0, -1].argmax() == token
     hook.remove()
     assert seen == data.expected[name]["position_ids"] + data.expected[name]["greedy_position_ids"]
@@ -113,7 +109,7 @@ def test_left_padded_batch(family):
     data, batch = golden(family), golden(family).batch("batch_left")
     logits = shared_network(family)(**batch).logits
     is_real = batch["attention_mask"].bool()
-    close(logits[is_real], data.tensors["batch_left.logits"][is_real], LOGITS)
+    close(logits[is_real], data.tensors["batch_left.logits"][is_real])
     for option in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         tokens = shared_network(family).generate(**batch, **option, **GREEDY)
         assert torch.equal(tokens[:, is_real.shape[1] :], data.tensors["batch_left.greedy_ids"].long())
@@ -125,7 +121,7 @@ def test_loss_and_gradients(family, implementation):
     data, network = golden(family), golden(family).network().train()
     network.set_attn_implementation(implementation)
     loss = network(**data.batch("train")).loss
-    close(loss.detach(), data.tensors["train.loss"], LOSS)
+    close(loss.detach(), data.tensors["train.loss"])
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     for name, expected in data.tensors.items():
@@ -394,8 +390,8 @@ def test_mixed_batch_equals_the_single_runs(family):
     last = network(**batch, logits_to_keep=1).logits
     for row, name in enumerate(names):
         expected = data.tensors[f"{name}.logits"]
-        close(logits[row, -len(expected) :], expected, LOGITS)
-        close(last[row, 0], expected[-1], LOGITS)
+        close(logits[row, -len(expected) :], expected)
+        close(last[row, 0], expected[-1])
     for option in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         tokens = network.generate(**batch, **option, **GREEDY)
         for row, name in enumerate(names):
@@ -426,9 +422,9 @@ def test_prompt_in_two_parts_equals_one(family, prefix, whole_types):
     rest = types if whole_types else types[:, cut:]
     pixels = inputs["pixel_values"] if whole_types or cut == 1 else None
     output = network(ids[:, cut:], token_type_ids=rest, pixel_values=pixels, past_key_values=cache)
-    close(output.logits[0], data.tensors["chat_image.logits"][cut:], LOGITS)
+    close(output.logits[0], data.tensors["chat_image.logits"][cut:])
     step = network(data.tensors["chat_image.greedy_ids"][None, :1], past_key_values=output.past_key_values)
-    close(step.logits[0, 0], data.tensors["chat_image.greedy_step_logits"][1], LOGITS)
+    close(step.logits[0, 0], data.tensors["chat_image.greedy_step_logits"][1])
 
 
 @BOTH
@@ -453,7 +449,7 @@ def test_interleaved_requests_do_not_disturb_each_other(family):
         for name in names:
             token = data.tensors[f"{name}.greedy_ids"][None, step - 1, None]
             outputs[name] = network(token, past_key_values=outputs[name].past_key_values)
-            close(outputs[name].logits[0, -1], data.tensors[f"{name}.greedy_step_logits"][step], LOGITS)
+            close(outputs[name].logits[0, -1], data.tensors[f"{name}.greedy_step_logits"][step])
 
 
 @BOTH
@@ -498,12 +494,12 @@ def test_image_features_and_embeddings_in_place_of_pixels(family):
     features = network.get_image_features(inputs.pop("pixel_values"))
     assert features.shape == (1, network.config.num_image_tokens, network.config.hidden_size)
     expected = data.tensors["chat_image.logits"]
-    close(network(**inputs, image_features=features).logits[0], expected, LOGITS)
+    close(network(**inputs, image_features=features).logits[0], expected)
     tokens = network.generate(**inputs, image_features=features, **GREEDY)
     assert tokens[0, -10:].tolist() == data.tensors["chat_image.greedy_ids"].tolist()
     embeds = network.model.embed(inputs["input_ids"], inputs["token_type_ids"], features)
     merged = {"inputs_embeds": embeds, "token_type_ids": inputs["token_type_ids"], "image_features": features}
-    close(network(**merged).logits[0], expected, LOGITS)
+    close(network(**merged).logits[0], expected)
 
 
 @BOTH
@@ -523,8 +519,8 @@ def test_packed_questions_behind_one_image(family):
     routing = ExpertRouting.from_token_type_ids(types)
     embeds = network.model.embed(ids, types, features)
     logits = network.lm_head(network.model(embeds, positions, mask[None, None], routing))[0]
-    close(logits[:end], data.tensors["chat_image.logits"], LOGITS)
-    close(logits[end:], data.tensors["chat_multiturn_image.logits"][prefix:], LOGITS)
+    close(logits[:end], data.tensors["chat_image.logits"])
+    close(logits[end:], data.tensors["chat_multiturn_image.logits"][prefix:])
     logits.square().mean().backward()
     assert network.model.vision.boi.grad.any()
 
@@ -568,7 +564,7 @@ def test_loss_is_the_mean_over_label_tokens_and_zero_without_any():
         logits = network(**batch).logits[:, :-1].log_softmax(-1)
         targets = batch["labels"][:, 1:]
         picked = -logits.gather(2, targets.clamp(min=0)[..., None])[..., 0][targets != -100]
-        close(network(**batch).loss, picked.mean(), LOSS)
+        close(network(**batch).loss, picked.mean())
         batch["labels"] = torch.full_like(batch["labels"], -100)
         assert network(**batch).loss == 0
 
@@ -643,7 +639,7 @@ def test_decode_step_compiles_without_a_break(family, fresh_dynamo):
     for index in range(1, 10):
         token = data.tensors["chat_image.greedy_ids"][None, index - 1, None]
         logits = step(input_ids=token, past_key_values=cache).logits
-        close(logits[0, -1], data.tensors["chat_image.greedy_step_logits"][index], LOGITS)
+        close(logits[0, -1], data.tensors["chat_image.greedy_step_logits"][index])
     assert len(graphs) == 1
 
 
@@ -655,7 +651,7 @@ def test_decode_step_compiles_with_a_growing_cache(fresh_dynamo):
     for index in range(1, 4):
         token = data.tensors["chat_image.greedy_ids"][None, index - 1, None]
         output = step(input_ids=token, past_key_values=cache)
-        close(output.logits[0, -1], data.tensors["chat_image.greedy_step_logits"][index], LOGITS)
+        close(output.logits[0, -1], data.tensors["chat_image.greedy_step_logits"][index])
         cache = output.past_key_values
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cogvlm_fixture import FAMILIES, FIXTURES, golden, left_padded, shared_network
-from tolerance import LOGITS, SAME_MATH
+from tolerance import LOGITS_APART, SAME_MATH, close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
@@ -46,7 +46,7 @@ def test_1_eoi_goes_to_the_language_expert(family, monkeypatch):
     types = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1], [0, 0, 1, 0, 0, 0]])
     expected = [[0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]]
     assert vision_expert_mask(types).long().tolist() == expected
-    assert off(shared_network(family), family) < LOGITS["atol"]
+    assert off(shared_network(family), family) < LOGITS_APART
     slots = golden(family).config().num_image_tokens
     monkeypatch.setattr(
         module.ExpertRouting, "from_token_type_ids", staticmethod(lambda types: ExpertRouting((1, 1 + slots)))
@@ -248,7 +248,7 @@ def test_11_positions_from_outside_are_ignored(family):
     data, network = golden(family), shared_network(family)
     inputs = data.inputs("chat_image")
     wrong = torch.arange(inputs["input_ids"].shape[1])[None]
-    assert off(network, family, position_ids=wrong) < LOGITS["atol"]
+    assert off(network, family, position_ids=wrong) < LOGITS_APART
     for extra in ({}, {"use_cache": False}):
         tokens = network.generate(**inputs, position_ids=wrong, **extra, **GREEDY)
         assert tokens[0, -10:].tolist() == data.tensors["chat_image.greedy_ids"].tolist()
@@ -311,13 +311,13 @@ def test_18_the_pad_id_says_nothing(family):
     logits = network(**batch).logits
     for row, name in enumerate([text, "chat_image"]):
         expected = data.tensors[f"{name}.logits"]
-        torch.testing.assert_close(logits[row, -len(expected) :], expected, **LOGITS)
+        close(logits[row, -len(expected) :], expected)
     changed = dict(batch)  # another placeholder id under the slots and the padding changes nothing
     changed["input_ids"] = batch["input_ids"].where(
         (batch["token_type_ids"] == 0) & (batch["attention_mask"] == 1), torch.tensor(7)
     )
     is_real = batch["attention_mask"].bool()
-    torch.testing.assert_close(network(**changed).logits[is_real], logits[is_real], **SAME_MATH)
+    close(network(**changed).logits[is_real], logits[is_real], SAME_MATH)
     held = data.inputs(text)
     held["input_ids"][0, 3] = pad
     without_mask = {key: held[key] for key in ("input_ids", "token_type_ids")}
