@@ -8,14 +8,11 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
+from lavish.common.boxes import Grounding
 from lavish.common.errors import MediaError
-
-if TYPE_CHECKING:
-    from lavish.common.grounding import Grounding
 
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.TransposedFont | ImageFont.ImageFont
@@ -28,7 +25,7 @@ MIN_FONT_SIZE = 11
 
 def draw(
     image: Image.Image,
-    groundings: "Iterable[Grounding]",
+    groundings: Iterable[Grounding],
     *,
     max_size: tuple[int, int] = FULL_SIZE,
     upscale: bool = False,
