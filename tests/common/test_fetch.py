@@ -15,7 +15,7 @@ import pytest
 
 from lavish.common.errors import ConfigError, MediaError
 from lavish.common.fetch import Fetcher, is_public, resolve, shown_url
-from lavish.common.media import MediaLimits, fetch, open_image
+from lavish.common.media import open_image
 
 TLS = Path(__file__).parents[1] / "fixtures" / "common" / "tls"
 BODY = bytes(range(256)) * 40
@@ -243,7 +243,7 @@ def test_localhost_by_name_is_not_connected_to(server):
     server.seen.clear()
     assert set(resolve("localhost", 443)) <= {"127.0.0.1", "::1"}
     with pytest.raises(MediaError, match=r"'localhost' is not on the public internet"):
-        fetch(f"https://localhost:{server.server_port}/file", MediaLimits())
+        Fetcher().fetch(f"https://localhost:{server.server_port}/file")
     assert server.seen == []
 
 

@@ -1,9 +1,9 @@
 """Open an image that somebody else made, safely: limits first, then decoding, then plain RGB.
 
-Here: `MediaLimits`, `open_image`, `image_digest` and `fetch` (the network is in `fetch.py`, telling formats apart in
-`sniff.py`). The rules answer attacks known from other servers: decompression bombs (sgl-project/sglang#28587), paths
-and URLs in requests. It does NOT resize or normalise (the processor does), does not touch Pillow's process-wide
-settings, and never puts the content of an image into a message or a log. Pillow is imported on first use.
+Here: `MediaLimits`, `open_image` and `image_digest` (the network is in `fetch.py`, formats in `sniff.py`).
+The rules answer attacks known from other servers: decompression bombs (sgl-project/sglang#28587), paths and URLs in
+requests. It does NOT resize or normalise (the processor does), does not touch Pillow's process-wide settings, and never
+puts the content of an image into a message or a log. Pillow is imported on first use.
 """
 
 from __future__ import annotations
@@ -116,17 +116,6 @@ def open_image(
     with io.BytesIO(encoded) as stream:
         image = _open_encoded(encoded, stream, label, limits)
         return _to_rgb(image, label, limits, exif_rotation)
-
-
-def fetch(url: str, limits: MediaLimits = DEFAULT_LIMITS) -> bytes:
-    """Download an https URL from a public address within `limits`; see `lavish.common.fetch.Fetcher`.
-
-    Raises:
-        MediaError: the URL is refused, or the download failed, was too large or too slow.
-    """
-    from .fetch import Fetcher
-
-    return Fetcher(max_bytes=limits.max_image_bytes, timeout_s=limits.timeout_s).fetch(url)
 
 
 def image_digest(image: Image.Image) -> str:
