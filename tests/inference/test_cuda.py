@@ -3,14 +3,13 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from tolerance import ON_CUDA
 
 import lavish
 from lavish.inference.options import GenerationOptions
 from lavish.inference.static_step import StaticStep
 
 DEVICE = "cuda"
-LOGITS = {"rtol": 0.0, "atol": 5e-4}
-"""What the fixture's sheet allows: the sums of another device."""
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +38,7 @@ def test_logits_are_the_release_logits(release, vlm):
     for name, (messages, template) in release.prompts.items():
         with torch.no_grad():
             logits = vlm.model(**inputs_of(vlm, messages, template)).logits[0].cpu()
-        torch.testing.assert_close(logits, expected[f"{name}.logits"], **LOGITS, msg=f"{name}: {{}}".format)
+        torch.testing.assert_close(logits, expected[f"{name}.logits"], **ON_CUDA, msg=f"{name}: {{}}".format)
 
 
 def test_chat_and_batch_give_the_release_tokens(release, vlm):
@@ -70,4 +69,4 @@ def test_int8_gives_what_it_gives_on_the_cpu(release):
     for name, (messages, template) in release.prompts.items():
         with torch.no_grad():
             found, expected = (vlm.model(**inputs_of(vlm, messages, template)).logits for vlm in (on_gpu, on_cpu))
-        torch.testing.assert_close(found.cpu(), expected, **LOGITS, msg=f"{name}: {{}}".format)
+        torch.testing.assert_close(found.cpu(), expected, **ON_CUDA, msg=f"{name}: {{}}".format)

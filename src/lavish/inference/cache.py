@@ -35,6 +35,8 @@ class SliceLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The signature is that of `CacheLayerMixin.update`: `Cache.update(keys, values, layer_idx, *args, **kwargs)`
+        # passes on whatever a network gives (static layers take their positions so). This layer needs none of it.
         start, end = self.length, self.length + key_states.shape[-2]
         if end > self.capacity:
             self.reserve(max(end, self.capacity + self.capacity // 2))
