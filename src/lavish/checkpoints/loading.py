@@ -7,8 +7,10 @@ each tensor goes straight to its dtype and device, so that memory peaks at the w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -21,6 +23,22 @@ ONE_THREAD_NUMEL = 32_000
 """Below at::internal::GRAIN_SIZE (32768), from which on torch splits a copy among its threads."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The part of a stored tensor that one process of several keeps."""
+
+    dim: int
+    spans: tuple[tuple[int, int], ...]
+    """(start, stop) along `dim`, in the order in which they lie in the part."""
+    whole: tuple[int, ...]
+    """Shape of the stored tensor."""
+
+    def take(self, stored: torch.Tensor) -> torch.Tensor:
+        """Cut the part out; of a memory-mapped tensor only its own pages are read."""
+        parts = [stored.narrow(self.dim, start, stop - start) for start, stop in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
+
+
 def load_into(
     module: nn.Module,
     tensors: TensorMap,
@@ -29,13 +47,14 @@ def load_into(
     device: str | torch.device,
     rules: Sequence[Rule] = (),
     keep_dtype: Iterable[str] = (),
+    cuts: Mapping[str, Cut] = MappingProxyType({}),
 ) -> list[str]:
     """Replace every parameter and persistent buffer of `module` by the checkpoint's tensor.
 
     Floating-point tensors are cast to `dtype` (None: as stored), as a cast of the whole model would do, persistent
     buffers included: a stored `inv_freq` keeps its rounding. Names that match `keep_dtype` (`*` is one dotted part)
     keep the stored dtype. Parameters that the module ties stay tied. Each tensor is copied out of the file, which may
-    be overwritten or deleted afterwards.
+    be overwritten or deleted afterwards. Of a name in `cuts` the module holds a part, and only that is read.
 
     Returns the names of what is left on the meta device, which the network has to compute itself: absent tensors that
     a rule calls `Optional`, and buffers that no file stores.
@@ -52,7 +71,7 @@ def load_into(
     sources = plan(tensors, rules).sources
     tied = _tied(targets)
     _check_names(module, targets, tied, tensors, sources, rules)
-    _check_shapes(targets, tensors, sources)
+    _check_shapes(targets, tensors, sources, cuts)
 
     placed: dict[str, torch.Tensor] = {}  # by the first name of a tied group
     for file, names in _by_file(tensors, sources).items():
@@ -60,7 +79,10 @@ def load_into(
         for name in names:
             info = tensors.info(sources[name])
             cast_to = None if matches(keep_dtype, name) else dtype
-            value = _place(f"{file}: {sources[name]!r}", mapped.tensor(info), cast_to, device)
+            stored = mapped.tensor(info)
+            if name in cuts:
+                stored = cuts[name].take(stored)
+            value = _place(f"{file}: {sources[name]!r}", stored, cast_to, device)
             mapped.forget(info)
             if tied[name] not in placed:
                 placed[tied[name]] = _as_target(targets[name], value)
@@ -118,14 +140,17 @@ def _found(tensors: TensorMap) -> str:
     return f" Found: {len(tensors)} tensors in {', '.join(file.name for file in tensors.files[:4]) or 'no file'}."
 
 
-def _check_shapes(targets: dict[str, torch.Tensor], tensors: TensorMap, sources: dict[str, str]) -> None:
-    wrong = [name for name in sources if tensors.info(sources[name]).shape != tuple(targets[name].shape)]
+def _check_shapes(
+    targets: dict[str, torch.Tensor], tensors: TensorMap, sources: dict[str, str], cuts: Mapping[str, Cut]
+) -> None:
+    expected = {name: cuts[name].whole if name in cuts else tuple(targets[name].shape) for name in sources}
+    wrong = [name for name in sources if tensors.info(sources[name]).shape != expected[name]]
     if wrong:
         info = tensors.info(sources[wrong[0]])
         raise ShapeMismatch(
             f"{tensors.path}: {len(wrong)} of {len(targets)} tensors have another shape than the config says, "
             f"first {sources[wrong[0]]!r}: "
-            f"{info.shape} in {info.file.name}, {tuple(targets[wrong[0]].shape)} by the config. Do config and "
+            f"{info.shape} in {info.file.name}, {expected[wrong[0]]} by the config. Do config and "
             "weights belong together?"
         )
     for name, source in sources.items():

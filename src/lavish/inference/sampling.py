@@ -7,6 +7,8 @@ in a batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from lavish.inference.options import GenerationOptions
@@ -40,19 +42,21 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 class Sampler:
     """Choose the next token of ONE row. It holds the row's random stream and the ids that a repetition penalty looks
-    at.
+    at. `new_seed` gives the seed where the options have none; default: the system's randomness.
     """
 
-    def __init__(self, options: GenerationOptions, prompt_ids: list[int]):
+    def __init__(self, options: GenerationOptions, prompt_ids: list[int], new_seed: Callable[[], int] | None = None):
         self.options = options
         self.is_greedy = options.is_greedy
         self._penalise = options.repetition_penalty != 1.0
         self._seen = dict.fromkeys(prompt_ids) if self._penalise else {}
         self._generator = torch.Generator()
-        if options.seed is None:
-            self._generator.seed()
-        else:
+        if options.seed is not None:
             self._generator.manual_seed(options.seed)
+        elif new_seed is not None:
+            self._generator.manual_seed(new_seed())
+        else:
+            self._generator.seed()
 
     @property
     def needs_only_argmax(self) -> bool:

@@ -51,7 +51,7 @@ class StaticStep:
         self.cache = StaticCache(config=config, max_cache_len=slots)
         self.cache.early_initialization(
             1,
-            config.num_key_value_heads or config.num_attention_heads,
+            network.model.layers[0].self_attn.num_key_value_heads,  # under tensor parallelism a share of the config's
             config.head_dim,
             network.lm_head.weight.dtype,
             device,

@@ -7,7 +7,7 @@ each of them computes on its own.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ class ReplyStream(Iterator[str]):
 
     def _run(self) -> Generator[str]:
         vlm, prompt, answer = self._vlm, self._prompt, self._answer
-        sampler = Sampler(self._options, prompt.token_ids)
+        sampler = Sampler(self._options, prompt.token_ids, vlm._new_seed)
         conversation, num_cached = vlm._begin(prompt)
         self._conversation, self._num_cached = conversation, num_cached
         cache = conversation.cache
@@ -175,6 +175,8 @@ class VLM:
         max_feature_bytes: memory for image features kept between requests; 0 keeps none.
         max_conversations: how many conversations keep their key/value cache for the next turn; 0 keeps none.
         max_conversation_bytes: memory for all of them.
+        new_seed: gives the random stream of an answer that is drawn without a seed; processes that compute one answer
+            together need the same one. Default: the system's randomness.
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class VLM:
         max_feature_bytes: int = 512 * 2**20,
         max_conversations: int = 2,
         max_conversation_bytes: int = 2 * 2**30,
+        new_seed: Callable[[], int] | None = None,
     ):
         self.model = model
         self.processor = processor
@@ -201,6 +204,7 @@ class VLM:
         eos = self._steps.config.eos_token_id if eos_token_ids is None else eos_token_ids
         self._eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
         self._sampling_defaults = dict(sampling_defaults or {})
+        self._new_seed = new_seed
 
     def __repr__(self) -> str:
         weight = next(self._steps.network.parameters())
@@ -260,7 +264,7 @@ class VLM:
 
     def _batch(self, prompts: list[Prompt], limits: list[int], options: GenerationOptions) -> list[Reply]:
         answers = [self._answer(options, limit) for limit in limits]
-        samplers = [Sampler(options, prompt.token_ids) for prompt in prompts]
+        samplers = [Sampler(options, prompt.token_ids, self._new_seed) for prompt in prompts]
         active = list(range(len(prompts)))
         cache = SliceCache(self._steps.num_layers, max(map(len, prompts)) + _FIRST_ANSWER_TOKENS)
         logits, state = self._steps.prefill(prompts, self._features(prompts), cache)

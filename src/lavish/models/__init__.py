@@ -57,6 +57,11 @@ class Family:
         """Renaming rules from the released tensors to the network's."""
         return self._get("weights", "RULES")
 
+    @property
+    def tensor_parallel_plan(self) -> Any:
+        """How each linear layer is shared out among processes, by a pattern of its name."""
+        return self._get("weights", "TENSOR_PARALLEL_PLAN")
+
     def complete(self, network: Any, absent: Iterable[str]) -> None:
         """Compute what no file held (`absent` is on the meta device), and check what must agree."""
         self._get("weights", "complete")(network, absent)

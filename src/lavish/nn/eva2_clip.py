@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.dense = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, attn_implementation: str = "sdpa") -> torch.Tensor:
-        images, rows, hidden_size = hidden_states.shape
+        images, rows, _ = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(images, rows, 3, self.num_heads, -1)
         query, key, value = fused.permute(2, 0, 3, 1, 4)  # each (images, heads, rows, head_dim)
         if attn_implementation == "eager":
@@ -62,7 +62,7 @@ class Attention(nn.Module):
             attended = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
         else:  # no mask, so that no backend ever holds rows x rows (9217^2 in CogVLM2)
             attended = F.scaled_dot_product_attention(query, key, value)
-        return self.dense(attended.transpose(1, 2).reshape(images, rows, hidden_size))
+        return self.dense(attended.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

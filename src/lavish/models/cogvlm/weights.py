@@ -4,6 +4,7 @@ Not here: the SAT layout of v1.
 """
 
 from collections.abc import Iterable
+from types import MappingProxyType
 
 import torch
 
@@ -16,6 +17,28 @@ INV_FREQ = "model.layers.*.self_attn.rotary_emb.inv_freq"
 RULES: tuple[Rule, ...] = (
     Optional(INV_FREQ, why="computed from the rotary base; stored in every v2 file, not known of v1's"),
 )
+
+TENSOR_PARALLEL_PLAN = MappingProxyType(
+    {
+        "model.layers.*.self_attn.language_expert_query_key_value": "colwise_heads",
+        "model.layers.*.self_attn.vision_expert_query_key_value": "colwise_heads",
+        "model.layers.*.self_attn.language_expert_dense": "rowwise",
+        "model.layers.*.self_attn.vision_expert_dense": "rowwise",
+        "model.layers.*.mlp.*.gate_proj": "colwise",
+        "model.layers.*.mlp.*.up_proj": "colwise",
+        "model.layers.*.mlp.*.down_proj": "rowwise",
+        "model.vision.transformer.layers.*.attention.query_key_value": "colwise_heads",
+        "model.vision.transformer.layers.*.attention.dense": "rowwise",
+        "model.vision.transformer.layers.*.mlp.fc1": "colwise",
+        "model.vision.transformer.layers.*.mlp.fc2": "rowwise",
+        "model.vision.linear_proj.gate_proj": "colwise",
+        "model.vision.linear_proj.dense_h_to_4h": "colwise",
+        "model.vision.linear_proj.dense_4h_to_h": "rowwise",
+        "lm_head": "colwise_gather_output",
+    }
+)
+"""What several processes share (`inference/parallel.py` says what the styles are). Whole in each of them: embedding
+table, norms, patch embedding, 2x2 convolution and the projector's first layer, 1 (v1) to 3 % (v2) of the weights."""
 
 
 def complete(network: CogVLMForCausalLM, absent: Iterable[str] = ()) -> None:
