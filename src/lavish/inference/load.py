@@ -9,7 +9,10 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from lavish.checkpoints.layouts import read_config_json
 from lavish.checkpoints.loading import load_into
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
+from lavish.inference import packing
 from lavish.inference.adapters import ADAPTER_CONFIG, apply_adapter
+from lavish.inference.parallel import check_parallel, load_share, local_device, refuse_with_parallel, shared_seeds
 from lavish.inference.placement import resolve_device, resolve_dtype
 from lavish.inference.quantization import check_quantization, is_saved_int8, load_quantized, replace_by_int8
 from lavish.inference.register import register
@@ -42,12 +47,14 @@ def load(
     device: str | torch.device = "auto",
     quantization: str | None = None,
     quantize_vision: bool = False,
+    pack: bool | str = False,
     adapter: str | Path | None = None,
     base: str | Path | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
     rope: str | None = None,
     revision: str | None = None,
+    parallel: str | None = None,
     **pieces: Any,
 ) -> VLM:
     """Load a released model, or one that lavish saved, ready to talk.
@@ -59,6 +66,9 @@ def load(
         device: "auto" is CUDA, else MPS, else CPU.
         quantization: "int8" (any device) or "nf4" (needs bitsandbytes); decoder layers only.
         quantize_vision: quantise the tower and the projector too.
+        pack: put the weights into the CPU's own layout: the same values, read faster. Such a network cannot be trained,
+          quantised, adapted or moved to a GPU; it is saved as any other. "auto": where that can be done and nothing
+          speaks against it, as `lavish chat` and `lavish predict` ask for.
         adapter: folder of a PEFT adapter to put on the network; it is not merged.
         base: where the base is, if `path_or_hub_id` is itself an adapter's folder.
         tokenizer: folder or hub id of the tokenizer (CogVLM v1 has its own apart), or a tokenizer.
@@ -66,6 +76,8 @@ def load(
         rope: "reference" (the release's numbers) or "float32" for the rotary table of half-precision models; default
           as stored.
         revision: of a hub id.
+        parallel: "tensor" shares the network among the processes that torchrun started, on as many GPUs or on the CPU.
+          All of them load, make the same calls one after the other, and get the same answers.
         pieces: parts of composite releases by name; CogVLM has none.
 
     Raises:
@@ -75,40 +87,34 @@ def load(
         CheckpointError: weights that are absent, damaged, or of another shape or name than the config says.
     """
     check_quantization(quantization, quantize_vision)
-    target = resolve_device(device)
+    check_parallel(parallel)
+    target = resolve_device(device) if parallel is None else local_device(device)
     folder, adapter = _folders(path_or_hub_id, adapter, base, revision)
-    config_dict = read_config_json(folder)
-    family = table.detect_family(config_dict, str(folder))
-    _refuse_pieces(pieces, family.name)
     overrides = _overrides(config, rope)
-    config_object = family.read_config(config_dict, str(folder / "config.json"), **overrides)
-    tensors = hf.read(folder)
-    weight_dtype = resolve_dtype(dtype, _stored_dtype(tensors), target)
-    # Before the weights: a wrong tokenizer is found in a second, not after minutes of reading.
-    processor = family.processor_class.from_pretrained(folder, tokenizer=tokenizer)
-    if overrides:  # which the folder's own files do not have
-        processor = family.processor_class.from_config(config_object, processor.tokenizer)
-    if is_saved_int8(config_dict) and quantization is not None:
+    release = _open(folder, overrides, pieces)
+    weight_dtype = resolve_dtype(dtype, _stored_dtype(release.tensors), target)
+    if release.is_int8 and quantization is not None:
         raise ConfigError(f"{folder} was saved in int8 already; load it without quantization={quantization!r}.")
-    network = _load_network(
-        family, config_object, config_dict, tensors, weight_dtype, target, quantization, quantize_vision
+    is_quantized = release.is_int8 or quantization is not None
+    is_packed = packing.should_pack(
+        pack, dtype=weight_dtype, device=target, is_quantized=is_quantized, has_adapter=adapter is not None
     )
+    # Before the weights: a wrong tokenizer is found in a second, not after minutes of reading.
+    processor = release.family.processor_class.from_pretrained(folder, tokenizer=tokenizer)
+    if overrides:  # which the folder's own files do not have
+        processor = release.family.processor_class.from_config(release.config, processor.tokenizer)
+    if parallel is not None:
+        refuse_with_parallel(is_quantized=is_quantized, has_adapter=adapter is not None)
+        network = load_share(release.family, release.config, release.tensors, dtype=weight_dtype, device=target)
+    else:
+        network = _load_network(release, weight_dtype, target, quantization, quantize_vision)
     if adapter is not None:
-        network = apply_adapter(network, Path(adapter), is_quantized=quantization is not None)
+        network = apply_adapter(network, Path(adapter), is_quantized=is_quantized)
+    if is_packed:
+        packing.pack(network)
     register()
-    defaults = read_optional_object(folder / "generation_config.json")
-    return VLM(
-        network,
-        processor,
-        name=str(path_or_hub_id or "pocket"),
-        grounding=_is_grounding(path_or_hub_id, folder, config_dict),
-        eos_token_ids=_eos_token_ids(defaults, config_object),
-        sampling_defaults={
-            name: value
-            for name in ("temperature", "top_p", "top_k")
-            if isinstance(value := defaults.get(name), int | float) and not isinstance(value, bool)
-        },
-    )
+    new_seed = None if parallel is None else partial(shared_seeds(target).getrandbits, 62)
+    return _talking(path_or_hub_id, release, network, processor, new_seed)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -156,22 +162,36 @@ def _folders(
     return folder, None if adapter is None else hub.resolve(adapter)
 
 
+@dataclass(frozen=True)
+class _Release:
+    """A folder before its weights are read."""
+
+    folder: Path
+    config_dict: dict[str, Any]
+    """config.json as it is."""
+    family: table.Family
+    config: Any
+    """The family's config, with what the caller replaced."""
+    tensors: TensorMap
+
+    @property
+    def is_int8(self) -> bool:
+        return is_saved_int8(self.config_dict)
+
+
+def _open(folder: Path, overrides: dict[str, Any], pieces: Mapping[str, Any]) -> _Release:
+    config_dict = read_config_json(folder)
+    family = table.detect_family(config_dict, str(folder))
+    _refuse_pieces(pieces, family.name)
+    config = family.read_config(config_dict, str(folder / "config.json"), **overrides)
+    return _Release(folder, config_dict, family, config, hf.read(folder))
+
+
 def _refuse_pieces(pieces: Mapping[str, Any], family: str) -> None:
     if not pieces:
         return
     name = next(iter(pieces))
-    known = [
-        "dtype",
-        "device",
-        "quantization",
-        "quantize_vision",
-        "adapter",
-        "base",
-        "tokenizer",
-        "config",
-        "rope",
-        "revision",
-    ]
+    known = [name for name, value in signature(load).parameters.items() if value.kind is value.KEYWORD_ONLY]
     raise ConfigError(
         f"lavish.load got {name!r}: no option, and the family {family!r} is one network without pieces."
         f"{did_you_mean(name, known)} Options: {', '.join(known)}."
@@ -199,31 +219,53 @@ def _stored_dtype(tensors: TensorMap) -> torch.dtype:
 
 
 def _load_network(
-    family: table.Family,
-    config: Any,
-    config_dict: dict[str, Any],
-    tensors: TensorMap,
+    release: _Release,
     dtype: torch.dtype,
     device: torch.device,
     quantization: str | None,
     quantize_vision: bool,
 ) -> PreTrainedModel:
+    family, config, tensors = release.family, release.config, release.tensors
     with torch.device("meta"):
         network = family.model_class(config)
-    rules = family.rules
-    if is_saved_int8(config_dict):
-        saved = config_dict["quantization_config"]
-        replace_by_int8(network, dtype, quantize_vision=bool(saved.get("quantize_vision")))
-        left = load_into(network, tensors, dtype=dtype, device=device, rules=rules)
-    elif quantization is not None:
+    if quantization is not None:
         left = load_quantized(
-            network, tensors, quantization, dtype=dtype, device=device, rules=rules, quantize_vision=quantize_vision
+            network,
+            tensors,
+            quantization,
+            dtype=dtype,
+            device=device,
+            rules=family.rules,
+            quantize_vision=quantize_vision,
         )
     else:
-        left = load_into(network, tensors, dtype=dtype, device=device, rules=rules)
+        if release.is_int8:
+            saved = release.config_dict["quantization_config"]
+            replace_by_int8(network, dtype, quantize_vision=bool(saved.get("quantize_vision")))
+        left = load_into(network, tensors, dtype=dtype, device=device, rules=family.rules)
     family.complete(network, left)
     config.dtype = dtype
     return network.eval()
+
+
+def _talking(
+    path: str | Path | None, release: _Release, network: Any, processor: Any, new_seed: Callable[[], int] | None
+) -> VLM:
+    """Put the parts together, with what the folder says about answering."""
+    defaults = read_optional_object(release.folder / "generation_config.json")
+    return VLM(
+        network,
+        processor,
+        name=str(path or "pocket"),
+        grounding=_is_grounding(path, release.folder, release.config_dict),
+        eos_token_ids=_eos_token_ids(defaults, release.config),
+        sampling_defaults={
+            name: value
+            for name in ("temperature", "top_p", "top_k")
+            if isinstance(value := defaults.get(name), int | float) and not isinstance(value, bool)
+        },
+        new_seed=new_seed,
+    )
 
 
 def _eos_token_ids(generation_config: Mapping[str, Any], config: Any) -> list[int]:

@@ -61,6 +61,11 @@ class PackedLinear(nn.Module):
         """The ordinary matrix, (out, in), as a copy."""
         return self._packed.to_dense(self.dtype)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight, without unpacking it."""
+        return self.out_features * self.in_features * self.dtype.itemsize
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype != self.dtype or hidden_states.requires_grad or not hidden_states.numel():
             return F.linear(hidden_states, self.weight, self.bias)
