@@ -11,8 +11,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
