@@ -114,6 +114,12 @@ def test_the_learner_encodes_pictures_as_the_network_does(tmp_path: Path) -> Non
         torch.testing.assert_close(ours, vlm.model.get_image_features(torch.stack(pixels)), rtol=1e-4, atol=1e-5)
 
 
+def test_the_recipe_says_how_long_conversations_are(tmp_path: Path) -> None:
+    settings = ("datasets.scenes.max_turns=5", "datasets.scenes.follow_up_share=0.25")
+    data = alone(tmp_path, "joint", *settings).build_datasets()["train"]
+    assert (data.max_turns, data.follow_up_share) == (5, 0.25)
+
+
 def test_the_text_loss_is_that_of_the_network_on_one_conversation(tmp_path: Path) -> None:
     scenes = alone(tmp_path, "joint", "datasets.scenes.num_conversations=1")
     learner, samples = scenes.build_model(), batch(scenes, 1)
@@ -231,6 +237,8 @@ def test_a_stage_of_another_network_is_refused(tmp_path: Path) -> None:
         ("datasets.scenes.num_sample=1", "datasets.scenes.num_sample.*Did you mean 'num_samples'"),
         ("datasets.scenes.num_samples=many", "datasets.scenes.num_samples.*many"),
         ("datasets.scenes.num_conversations=0", "at least 1"),
+        ("datasets.scenes.max_turns=0", "max_turns is 0.*at least 1"),
+        ("datasets.scenes.follow_up_share=1", "follow_up_share is 1.*below 1"),
     ],
 )
 def test_wrong_settings_are_found_in_setup(tmp_path: Path, override: str, message: str) -> None:

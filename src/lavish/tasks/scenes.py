@@ -81,6 +81,10 @@ class SceneDataConfig:
     """Most questions packed behind one picture."""
     max_text_tokens: int = 240
     """Tokens of all questions and answers behind one picture."""
+    follow_up_share: float = 0.12
+    """Training: share of questions that the next one continues, as a turn of the same conversation."""
+    max_turns: int = 3
+    """Training: questions of the longest conversation."""
     picture_sizes: list[int] = field(default_factory=list)
     """Sides to draw at before the resize to the network's, in pixels; empty: the network's own (evaluation: 112)."""
     length_penalty: float = 0.0
@@ -95,9 +99,12 @@ class SceneDataConfig:
     """Arguments of `sample_scene`: max_items, number_probability."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "num_conversations", "max_text_tokens", "num_questions", "questions_per_picture"):
+        counts = ("num_samples", "num_conversations", "max_text_tokens", "max_turns", "num_questions")
+        for name in (*counts, "questions_per_picture"):
             if vars(self)[name] < 1:
                 raise ConfigError(f"{name} is {vars(self)[name]}; it must be at least 1.")
+        if not 0 <= self.follow_up_share < 1:
+            raise ConfigError(f"follow_up_share is {self.follow_up_share}; it must be at least 0 and below 1.")
 
 
 class ScenesTask(BaseTask):
@@ -196,6 +203,8 @@ class ScenesTask(BaseTask):
             num_image_tokens=config.num_image_tokens,
             num_conversations=self.data.num_conversations,
             max_text_tokens=self.data.max_text_tokens,
+            follow_up_share=self.data.follow_up_share,
+            max_turns=self.data.max_turns,
             **TOKEN_IDS,
             scene=self.data.scene,
             picture_sizes=self.data.picture_sizes,

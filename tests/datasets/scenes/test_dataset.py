@@ -254,6 +254,17 @@ def test_rows_hold_what_fits_and_at_least_one_conversation() -> None:
             assert sum(lengths) <= room or len(lengths) == 1
 
 
+@pytest.mark.parametrize("max_turns", [1, 2, 5])
+def test_conversations_have_as_many_turns_as_asked_and_no_more(max_turns: int) -> None:
+    data = dataset(follow_up_share=0.9, max_turns=max_turns, num_conversations=30, max_text_tokens=2000)
+    questions = [
+        build_tokenizer().decode(segment.input_ids).count("Question: ")
+        for index in range(6)
+        for segment in data[index]["segments"]
+    ]
+    assert max(questions) == max_turns
+
+
 def test_a_batch_has_the_parts_of_its_stage() -> None:
     data = dataset()
     batch = data.collater([data[0], data[1]])

@@ -2,8 +2,8 @@
 
 Encoding a picture costs more than reading a question, so every sample carries `num_conversations` of them. They stand
 in one row, one after the other, each a segment of its own: a token sees the image and its own segment only, and
-positions start anew after the image. A segment is a question with up to two past turns before it; its last answer is
-what is learnt.
+positions start anew after the image. A segment is a question with a few past turns before it; its last answer is what
+is learnt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,6 +58,7 @@ class SceneDataset(Dataset):
         num_image_tokens: slots of the image, boi and eoi included.
         num_conversations: most questions about a picture; those that fit in `max_text_tokens` are taken.
         follow_up_share: share of questions that the next one continues, as a turn of the same conversation.
+        max_turns: questions of the longest conversation.
         no_picture_share: share of conversations that do not see the picture, and whose answers say so.
         scene: keyword arguments of `sample_scene`.
         picture_sizes: sides to draw at, in turn; none: the network's own.
@@ -82,6 +83,7 @@ class SceneDataset(Dataset):
         eos_token_id: int,
         pad_token_id: int,
         follow_up_share: float = 0.12,
+        max_turns: int = 3,
         no_picture_share: float = 0.02,
         scene: dict[str, Any] | None = None,
         picture_sizes: Sequence[int] = (),
@@ -96,7 +98,7 @@ class SceneDataset(Dataset):
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.length_penalty = length_penalty
         self.task_weights = dict(task_weights) if task_weights else None
-        self.follow_up_share, self.no_picture_share = follow_up_share, no_picture_share
+        self.follow_up_share, self.max_turns, self.no_picture_share = follow_up_share, max_turns, no_picture_share
         self.scene, self.picture_sizes = scene or {}, tuple(picture_sizes) or (image_size,)
         self.with_picture, self.with_text = with_picture, with_text
 
@@ -124,7 +126,8 @@ class SceneDataset(Dataset):
     def _segments(self, questions: list[Question], rng: np.random.Generator) -> list[Segment]:
         segments, turns = [], []
         for question in questions:
-            if turns and (turns[0].template != question.template or question.template == "base" or len(turns) == 3):
+            is_new = bool(turns) and (turns[0].template != question.template or question.template == "base")
+            if is_new or len(turns) == self.max_turns:
                 segments.append(self._segment(turns, rng))
                 turns = []
             turns.append(question)

@@ -136,7 +136,13 @@ FORMS: dict[str, Forms] = {
     "number": {
         "read": {
             "en": (
-                ("What number is shown?", "What is the number?", "Which number do you see?", "Read the number."),
+                (
+                    "What number is shown?",
+                    "What number is in the image?",
+                    "What is the number?",
+                    "Which number do you see?",
+                    "Read the number.",
+                ),
                 "The number is {n}.",
                 "{n}",
             ),
