@@ -242,6 +242,23 @@ def test_a_picture_is_encoded_once_for_all_turns_and_rows(release, monkeypatch):
     assert calls == [1, 1]
 
 
+def test_a_batch_computes_a_picture_once_also_where_none_is_kept(v2, monkeypatch):
+    vlm, calls = v2.vlm(max_feature_bytes=0), []
+    path = v2.image("landscape.png")
+    some = [ask(path), ask(v2.image("square.png")), ask(path, "Why?")]
+    expected = [vlm.chat(messages, max_new_tokens=4).token_ids for messages in some]
+    tower_forward = vlm.model.model.vision.forward
+
+    def forward(pixel_values, *args):
+        calls.append(pixel_values.shape[0])
+        return tower_forward(pixel_values, *args)
+
+    monkeypatch.setattr(vlm.model.model.vision, "forward", forward)
+    assert [reply.token_ids for reply in vlm.batch(some, max_new_tokens=4)] == expected
+    assert calls == [1, 1]
+    assert len(vlm.features) == 0
+
+
 def test_nothing_is_kept_when_told_so(v2):
     vlm = v2.vlm(max_feature_bytes=0, max_conversations=0)
     for _ in range(2):

@@ -17,6 +17,8 @@ The command line prints the message alone and exits with 2; the server maps the 
 was asked, what was found, where, and what to do next; `did_you_mean` ends it with the nearest known name.
 """
 
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -66,6 +68,35 @@ class DataError(LavishError, ValueError):
 
 class MissingDependency(LavishError, ImportError):
     """An optional package that the call needs is not installed."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Give the `repr` of a value that a caller gave, cut in its middle so that a message stays readable."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        text = f"a {type(value).__name__} that is too long to print"
+    keep = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:keep]}...{text[-keep:]}"
+
+
+def check_path(path: object, what: str) -> None:
+    """Check that a caller's path is one: a text or a `Path` that the file system can be asked for.
+
+    Raises:
+        ConfigError: another type, empty, too long for a path, or with a NUL or half a character in it.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise ConfigError(f"{what} must be a path or a hub id, not {shown(path)} ({type(path).__name__}).")
+    try:
+        os.stat(path)
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG or not os.fspath(path):
+            raise ConfigError(f"{what}={shown(os.fspath(path))} can be no path: {_reason(error)}.") from error
+
+
+def _reason(error: ValueError | OSError) -> str:
+    return str(error.strerror or error).lower() if isinstance(error, OSError) else str(error)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

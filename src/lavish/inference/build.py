@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 import lavish.models as table
 from lavish.checkpoints import hub
 from lavish.checkpoints.layouts import read_config_json
-from lavish.common.errors import ConfigError, did_you_mean
+from lavish.common.errors import ConfigError, check_path, did_you_mean, shown
 from lavish.inference.load import POCKET, read_fields
 from lavish.inference.placement import resolve_device, resolve_dtype
 
@@ -37,6 +38,8 @@ def build(
     Raises:
         ConfigError: no such name or field (the nearest is suggested), or fields that contradict each other.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ConfigError(f"seed must be a whole number from 0 to 2**64 - 1, not {shown(seed)}.")
     fields, where = read_layout(name_or_path)
     family = table.family(fields.pop("family")) if "family" in fields else table.detect_family(fields, where)
     config = family.read_config(fields, where, **_without_dots(config_overrides))
@@ -61,13 +64,15 @@ def read_layout(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     Raises:
         ConfigError: neither a name, a path nor a hub id.
     """
+    check_path(name_or_path, "name_or_path")
     entry = table.model_zoo.get(str(name_or_path))
-    if entry is not None and not Path(name_or_path).exists():
+    is_here = os.path.exists(name_or_path)
+    if entry is not None and not is_here:
         if entry.hub_id is None:
             return read_config_json(POCKET), str(POCKET / "config.json")
         path = Path(str(files("lavish") / "configs" / "models" / f"{entry.name}.yaml"))
         return read_fields(path), str(path)
-    if not Path(name_or_path).exists() and "/" not in str(name_or_path):
+    if not is_here and "/" not in str(name_or_path):
         names = list(table.model_zoo)
         raise ConfigError(
             f"No model {str(name_or_path)!r}: neither a name nor a folder.{did_you_mean(str(name_or_path), names)} "

@@ -25,9 +25,10 @@ from lavish.checkpoints.json_file import read_optional_object
 from lavish.checkpoints.layouts import read_config_json
 from lavish.checkpoints.loading import load_into
 from lavish.checkpoints.tensor_map import TensorMap
-from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
+from lavish.common.errors import CheckpointError, ConfigError, check_path, did_you_mean, shown
 from lavish.inference import packing
 from lavish.inference.adapters import ADAPTER_CONFIG, apply_adapter
+from lavish.inference.options import read_sampling_defaults
 from lavish.inference.parallel import check_parallel, load_share, local_device, refuse_with_parallel, shared_seeds
 from lavish.inference.placement import resolve_device, resolve_dtype
 from lavish.inference.quantization import check_quantization, is_saved_int8, load_quantized, replace_by_int8
@@ -86,6 +87,7 @@ def load(
         UnknownLayout: not a checkpoint, or of an architecture that lavish does not know.
         CheckpointError: weights that are absent, damaged, or of another shape or name than the config says.
     """
+    _check_names(path_or_hub_id, adapter, base, tokenizer, revision)
     check_quantization(quantization, quantize_vision)
     check_parallel(parallel)
     target = resolve_device(device) if parallel is None else local_device(device)
@@ -117,6 +119,14 @@ def load(
     return _talking(path_or_hub_id, release, network, processor, new_seed)
 
 
+def _check_names(path: Any, adapter: Any, base: Any, tokenizer: Any, revision: Any) -> None:
+    for what, value in {"path_or_hub_id": path, "adapter": adapter, "base": base, "tokenizer": tokenizer}.items():
+        if value is not None and not isinstance(value, PreTrainedTokenizerBase):
+            check_path(value, what)
+    if revision is not None and not isinstance(revision, str):
+        raise ConfigError(f"revision must be a branch, tag or commit of a hub id, not {shown(revision)}.")
+
+
 def read_fields(path: Path) -> dict[str, Any]:
     """Read config fields from a JSON or YAML file.
 
@@ -124,12 +134,13 @@ def read_fields(path: Path) -> dict[str, Any]:
         ConfigError: no such file, or not a mapping.
     """
     from omegaconf import OmegaConf  # most loads do without it
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, YAMLError) as error:
-        raise ConfigError(f"config={str(path)!r} cannot be read: {error}") from error
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:  # ValueError: bytes that are no text
+        raise ConfigError(f"config={shown(str(path))} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config={str(path)!r} holds a list; it needs fields with values.")
     return {str(name): value for name, value in content.items()}
@@ -173,6 +184,8 @@ class _Release:
     config: Any
     """The family's config, with what the caller replaced."""
     tensors: TensorMap
+    generation_config: dict[str, Any]
+    sampling_defaults: dict[str, float]
 
     @property
     def is_int8(self) -> bool:
@@ -184,7 +197,10 @@ def _open(folder: Path, overrides: dict[str, Any], pieces: Mapping[str, Any]) ->
     family = table.detect_family(config_dict, str(folder))
     _refuse_pieces(pieces, family.name)
     config = family.read_config(config_dict, str(folder / "config.json"), **overrides)
-    return _Release(folder, config_dict, family, config, hf.read(folder))
+    answering = folder / "generation_config.json"
+    generation_config = read_optional_object(answering)
+    sampling_defaults = read_sampling_defaults(generation_config, str(answering))
+    return _Release(folder, config_dict, family, config, hf.read(folder), generation_config, sampling_defaults)
 
 
 def _refuse_pieces(pieces: Mapping[str, Any], family: str) -> None:
@@ -201,6 +217,7 @@ def _refuse_pieces(pieces: Mapping[str, Any], family: str) -> None:
 def _overrides(config: Mapping[str, Any] | str | Path | None, rope: str | None) -> dict[str, Any]:
     """Give the config fields that the caller replaces."""
     if isinstance(config, str | Path):
+        check_path(config, "config")
         config = read_fields(Path(config))
     if config is not None and not isinstance(config, Mapping):
         raise ConfigError(f"config= must be a dict of fields or a JSON or YAML file, not {type(config).__name__}.")
@@ -252,18 +269,13 @@ def _talking(
     path: str | Path | None, release: _Release, network: Any, processor: Any, new_seed: Callable[[], int] | None
 ) -> VLM:
     """Put the parts together, with what the folder says about answering."""
-    defaults = read_optional_object(release.folder / "generation_config.json")
     return VLM(
         network,
         processor,
         name=str(path or "pocket"),
         grounding=_is_grounding(path, release.folder, release.config_dict),
-        eos_token_ids=_eos_token_ids(defaults, release.config),
-        sampling_defaults={
-            name: value
-            for name in ("temperature", "top_p", "top_k")
-            if isinstance(value := defaults.get(name), int | float) and not isinstance(value, bool)
-        },
+        eos_token_ids=_eos_token_ids(release.generation_config, release.config),
+        sampling_defaults=release.sampling_defaults,
         new_seed=new_seed,
     )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lavish.common.errors import ConfigError, PromptError, did_you_mean
+from lavish.common.errors import ConfigError, PromptError, did_you_mean, shown
 
 DEFAULT_MAX_NEW_TOKENS = 2048
 """Released demos of both versions allow 2048; fewer where the context has no more room."""
@@ -47,15 +48,19 @@ class GenerationOptions:
     """Parse boxes out of the answer into reply.boxes; default: only for grounding checkpoints."""
 
     def __post_init__(self) -> None:
+        if self.repetition_penalty is None:
+            raise ConfigError("repetition_penalty must be a number, not None; 1 changes nothing.")
         for name in ("max_new_tokens", "max_length", "top_k", "seed"):
             _check_number(name, getattr(self, name), int)
         for name in ("temperature", "top_p", "repetition_penalty"):
             _check_number(name, getattr(self, name), float)
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))  # torch takes no whole number over 2**63
         for name in ("do_sample", "grounding"):
             if not isinstance(getattr(self, name), bool | None):
-                raise ConfigError(f"{name} must be True, False or None, not {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be True, False or None, not {shown(getattr(self, name))}.")
         if self.chat_template is not None and not isinstance(self.chat_template, str):
-            raise ConfigError(f"chat_template must be a template's name, not {self.chat_template!r}.")
+            raise ConfigError(f"chat_template must be a template's name, not {shown(self.chat_template)}.")
         self._check_ranges()
         object.__setattr__(self, "stop", _stop_strings(self.stop))
 
@@ -70,9 +75,9 @@ class GenerationOptions:
         for name, low in bounds.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise ConfigError(f"{name} must be at least {low}, not {value}.")
+                raise ConfigError(f"{name} must be at least {low}, not {shown(value)}.")
         if self.seed is not None and self.seed >= 2**64:
-            raise ConfigError(f"seed must be below 2**64, not {self.seed}.")
+            raise ConfigError(f"seed must be below 2**64, not {shown(self.seed)}.")
         if self.repetition_penalty <= 0:
             raise ConfigError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
         if self.do_sample and self.temperature == 0:
@@ -106,7 +111,7 @@ class GenerationOptions:
                     "leaves none for the answer. Raise max_length, or give max_new_tokens instead."
                 )
         if room < (wanted or 1):
-            asked = f"max_new_tokens={wanted}" if wanted else "an answer"
+            asked = f"max_new_tokens={shown(wanted)}" if wanted else "an answer"
             advice = f" or ask for at most {room} new tokens" if room > 0 else ""
             raise PromptError(
                 f"The prompt has {prompt_tokens} tokens, image slots included; with {asked} that is more than the "
@@ -136,12 +141,34 @@ def parse_options(given: dict[str, Any], defaults: dict[str, Any] | None = None)
     return options
 
 
+def read_sampling_defaults(fields: Mapping[str, Any] | None, where: str) -> dict[str, float]:
+    """Give temperature, top_p and top_k of a generation_config.json, as `defaults` of `parse_options`.
+
+    A temperature of 0 is greedy, and so no default of a draw.
+
+    Raises:
+        ConfigError: a value that no draw can use; names the file and the field.
+    """
+    fields = {} if fields is None else fields
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{where} must be a dict of options, not {shown(fields)}.")
+    found = {name: fields[name] for name in ("temperature", "top_p", "top_k") if fields.get(name) is not None}
+    for name, value in found.items():
+        try:
+            GenerationOptions(**{name: value})
+        except ConfigError as error:
+            raise ConfigError(
+                f"{where}: {error} Correct the field {name!r} or take it out; without it lavish's default is used."
+            ) from error
+    return {name: value for name, value in found.items() if (name, value) != ("temperature", 0)}
+
+
 def _check_number(name: str, value: Any, kind: type) -> None:
     if value is None:
         return
     allowed = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed) or value != value:
-        raise ConfigError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {value!r}.")
+        raise ConfigError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {shown(value)}.")
     if kind is float and abs(value) > sys.float_info.max and value not in (math.inf, -math.inf):
         raise ConfigError(f"{name} is a number beyond all floats.")
 
@@ -149,5 +176,5 @@ def _check_number(name: str, value: Any, kind: type) -> None:
 def _stop_strings(stop: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(isinstance(text, str) and text for text in strings):
-        raise ConfigError(f"stop must be a text or a list of texts, none of them empty, not {stop!r}.")
+        raise ConfigError(f"stop must be a text or a list of texts, none of them empty, not {shown(stop)}.")
     return tuple(strings)

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from lavish.common.errors import ConfigError, did_you_mean
+from lavish.common.errors import ConfigError, did_you_mean, shown
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"No device {device!r}. Use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
+    except (RuntimeError, TypeError, ValueError) as error:  # ValueError: a number beyond all
+        raise ConfigError(f"No device {shown(device)}. Use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
     available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(found.type, 1)
     if available <= (found.index or 0) and found.type != "cpu":
         raise ConfigError(
@@ -58,7 +58,7 @@ def resolve_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.d
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
         suggestion = did_you_mean(dtype, DTYPES) if isinstance(dtype, str) else ""
-        raise ConfigError(f"No dtype {dtype!r}.{suggestion} Known: auto, {', '.join(DTYPES)}.")
+        raise ConfigError(f"No dtype {shown(dtype)}.{suggestion} Known: auto, {', '.join(DTYPES)}.")
     if found == torch.float16 and device.type == "cpu":
         logger.warning("float16 on a CPU was asked for; it is some hundred times slower than float32 or bfloat16.")
     return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lavish.common.errors import ConfigError, shown
 from lavish.inference.cache import SliceCache
 
 
@@ -29,7 +30,7 @@ class FeatureCache:
     """Image features by pixel digest, least recently used out first. `max_bytes=0` keeps none."""
 
     def __init__(self, max_bytes: int = 512 * 2**20):
-        self.max_bytes = max_bytes
+        self.max_bytes = _bound("max_feature_bytes", max_bytes)
         self.num_bytes = 0
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -113,7 +114,8 @@ class ConversationStore:
     """The caches of the last conversations. `max_conversations=0` keeps none."""
 
     def __init__(self, max_conversations: int = 2, max_bytes: int = 2 * 2**30):
-        self.max_conversations, self.max_bytes = max_conversations, max_bytes
+        self.max_conversations = _bound("max_conversations", max_conversations)
+        self.max_bytes = _bound("max_conversation_bytes", max_bytes)
         self._kept: list[Conversation] = []  # the most recently used one last
         self._lock = threading.Lock()
 
@@ -152,6 +154,12 @@ class ConversationStore:
         """Forget all conversations, as after a change of the weights."""
         with self._lock:
             self._kept.clear()
+
+
+def _bound(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{name} must be a whole number, at least 0 (none is kept), not {shown(value)}.")
+    return value
 
 
 def _reusable(token_type_ids: list[int]) -> int:

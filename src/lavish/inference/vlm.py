@@ -7,7 +7,7 @@ each of them computes on its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from transformers import BatchFeature
 
 from lavish.common import grounding
-from lavish.common.errors import ConfigError, MediaError, PromptError
+from lavish.common.errors import ConfigError, MediaError, PromptError, shown
 from lavish.inference.cache import SliceCache
-from lavish.inference.options import GenerationOptions, parse_options
+from lavish.inference.options import GenerationOptions, parse_options, read_sampling_defaults
 from lavish.inference.reuse import Conversation, ConversationStore, FeatureCache, pixel_digest
 from lavish.inference.sampling import Sampler
 from lavish.inference.steps import Prompt, steps_for
@@ -36,11 +36,6 @@ class Usage:
     """Generated tokens, the end-of-sequence token included."""
     cached_tokens: int
     """Prompt tokens that were not computed again, because an earlier request had computed them."""
-
-    @property
-    def total_tokens(self) -> int:
-        """Prompt and answer together: the cache slots that the request filled."""
-        return self.prompt_tokens + self.completion_tokens
 
 
 @dataclass(frozen=True)
@@ -156,8 +151,7 @@ class ReplyStream(Iterator[str]):
             self._answer.end("cancelled")
         self.reply = self._vlm._reply(self._answer, self._prompt, self._options, self._num_cached)
         if self._conversation is not None:
-            # What the last, perhaps interrupted, pass wrote beyond the tokens noted here is forgotten.
-            self._conversation.cache.truncate(len(self._conversation.token_ids))
+            # An interrupted pass may have written beyond the tokens noted here: `_begin` cuts what it takes up again.
             self._vlm.conversations.put(self._conversation)
             self._conversation = None
 
@@ -202,8 +196,11 @@ class VLM:
         # A PeftModel replaces layers inside the network and wraps it; the network itself is what the passes run on.
         self._steps = steps_for(model.get_base_model() if hasattr(model, "get_base_model") else model)
         eos = self._steps.config.eos_token_id if eos_token_ids is None else eos_token_ids
-        self._eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
-        self._sampling_defaults = dict(sampling_defaults or {})
+        eos = [eos] if isinstance(eos, int) else [] if eos is None else eos
+        if isinstance(eos, str) or not isinstance(eos, Iterable) or any(not isinstance(i, int) for i in eos):
+            raise ConfigError(f"eos_token_ids must be the numbers of tokens, not {shown(eos)}.")
+        self._eos_token_ids = frozenset(eos)
+        self._sampling_defaults = read_sampling_defaults(sampling_defaults, "sampling_defaults")
         self._new_seed = new_seed
 
     def __repr__(self) -> str:
@@ -246,8 +243,14 @@ class VLM:
         Raises: as `chat`, with the number of the conversation, before anything is computed.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size must be a whole number, at least 1, not {batch_size!r}.")
+            raise ConfigError(f"batch_size must be a whole number, at least 1, not {shown(batch_size)}.")
         options = parse_options(generation, self._sampling_defaults)
+        if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):
+            raise PromptError(
+                f"batch takes a list of conversations, each a list of messages, not {shown(conversations)} "
+                f"({type(conversations).__name__})."
+            )
+        conversations = list(conversations)
         prompts, limits = [], []
         for index, messages in enumerate(conversations):
             try:

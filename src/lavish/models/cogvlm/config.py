@@ -9,9 +9,11 @@ from typing import Literal, cast
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from lavish.common.errors import ConfigError, did_you_mean
+from lavish.common.errors import ConfigError, did_you_mean, shown
 from lavish.models.cogvlm.manifest import MAX_LAYERS, OPTIONAL_SIZES, OPTIONAL_VISION_SIZES, SIZES, VISION_SIZES
 
+MAX_SIZE = 2**31 - 1
+"""Far above any size that was built, and what a dimension of a tensor holds."""
 ROPE_THETA = {1: 10000.0, 2: 500000.0}  # in the released code, not in its config
 
 
@@ -92,6 +94,7 @@ class CogVLMConfig(PreTrainedConfig):
         if self.rope_theta is not None:
             _check_above_zero("rope_theta", self.rope_theta)
         _check("hidden_act", self.hidden_act, "silu", "no other was released")
+        _check_token_ids(self)
         _check("tie_word_embeddings", self.tie_word_embeddings, False, "the family has a head of its own")
         heads, key_value_heads = self.num_attention_heads, self.num_multi_query_heads or self.num_attention_heads
         _check("hidden_size % num_attention_heads", self.hidden_size % heads, 0, "heads of equal width")
@@ -145,13 +148,23 @@ def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], prefix: str =
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(
-                f"config: {prefix}{name} is {value!r} and must be a whole number above 0. Correct the config.json."
+                f"config: {prefix}{name} is {shown(value)} and must be a whole number above 0. Correct the config.json."
             )
+        if value > MAX_SIZE:
+            raise ConfigError(f"config: {prefix}{name} is {shown(value)}, over {MAX_SIZE}. Correct the config.json.")
     num_layers = config.num_hidden_layers
     if num_layers > MAX_LAYERS:
         raise ConfigError(
             f"config: {prefix}num_hidden_layers is {num_layers}, over {MAX_LAYERS}. Correct the config.json."
         )
+
+
+def _check_token_ids(config: "CogVLMConfig") -> None:
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is not None and (isinstance(token_id, bool) or not isinstance(token_id, int)):
+                raise ConfigError(f"config: {name} is {shown(value)} and must be a token's number. Correct it.")
 
 
 def _check_above_zero(name: str, value: object) -> None:

@@ -8,7 +8,8 @@ whatever turn it was sent. Nothing here runs the network, and a prompt that is l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from lavish.checkpoints.json_file import read_object, read_optional_object
-from lavish.common.errors import CheckpointError, ConfigError, PromptError, did_you_mean
+from lavish.common.errors import CheckpointError, ConfigError, PromptError, check_path, did_you_mean, shown
 from lavish.common.media import MediaLimits, image_digest, open_image
 from lavish.common.messages import ImagePart, Message, images, is_batch, normalize, turns
 from lavish.models.cogvlm.config import CogVLMConfig, CogVLMVisionConfig, read_config
@@ -242,7 +243,10 @@ class CogVLMProcessor(ProcessorMixin):
         if text is None:
             raise PromptError("Give text=...; for a chat use apply_chat_template(messages).")
         is_single = isinstance(text, str)
+        if not is_single and not (isinstance(text, list | tuple) and text):
+            raise PromptError(f"text must be a string or a list of strings, not {shown(text)}.")
         texts = [text] if isinstance(text, str) else list(text)
+        normalize([{"role": "user", "content": one} for one in texts])  # strings, of whole characters
         sources = (
             [None] * len(texts)
             if images is None
@@ -296,10 +300,10 @@ class CogVLMProcessor(ProcessorMixin):
 
     def _template(self, chat_template: str | None) -> tuple[str, Template]:
         name = self.template_version if chat_template is None else chat_template
-        if name not in TEMPLATES:
+        if not isinstance(name, str) or name not in TEMPLATES:
             origin = "the model config's template_version" if chat_template is None else "chat_template"
             raise PromptError(
-                f"Unknown template {name!r} ({origin}); known are "
+                f"Unknown template {shown(name)} ({origin}); known are "
                 f"{', '.join(TEMPLATES)}.{did_you_mean(str(name), TEMPLATES)}"
             )
         return name, TEMPLATES[name]
@@ -405,9 +409,27 @@ class CogVLMProcessor(ProcessorMixin):
     ) -> str:
         """Give the text of ids, without special tokens unless asked.
 
-        Bytes of a character that is not complete yet become U+FFFD. `kwargs` are those of the tokenizer's `decode`.
+        Bytes of a character that is not complete yet become U+FFFD; ids that the tokenizer has no piece for give no
+        text. `kwargs` are those of the tokenizer's `decode`.
+
+        Raises:
+            PromptError: what is no id: a negative one (the -100 of labels), one that no vocabulary can hold, a text.
         """
+        _check_ids(token_ids)
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def batch_decode(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Give the text of each row of ids, as `decode`.
+
+        Raises:
+            PromptError: as `decode`.
+        """
+        sequences = sequences.tolist() if isinstance(sequences, torch.Tensor) else sequences
+        if isinstance(sequences, str | bytes) or not isinstance(sequences, Iterable):
+            raise PromptError(f"batch_decode takes rows of token ids, not {shown(sequences)}.")
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
 
     def show_labels(self, batch: BatchFeature) -> str:
         """Render the rows of a training batch for a human, one line each: what is trained stands between « and ».
@@ -503,10 +525,22 @@ def _one_id(name: str, token_id: Any) -> int:
     return token_id
 
 
+def _check_ids(token_ids: Any) -> None:
+    """Check ids before a tokenizer sees them: each kind answers wrong ones with another fault."""
+    rows = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else token_ids
+    rows = rows if isinstance(rows, list | tuple) else [rows]
+    for token_id in (i for row in rows for i in (row if isinstance(row, list | tuple) else [row])):
+        if isinstance(token_id, torch.Tensor | np.integer):
+            token_id = token_id.tolist()
+        if not isinstance(token_id, int) or not 0 <= token_id < 2**31:
+            hint = " Labels of -100 are no tokens; leave them out." if token_id == -100 else ""
+            raise PromptError(f"decode takes token ids, whole numbers from 0, and found {shown(token_id)}.{hint}")
+
+
 def _folder(name_or_path: str | Path, revision: str | None) -> Path:
-    path = Path(name_or_path)
-    if path.is_dir():
-        return path
+    check_path(name_or_path, "the folder")
+    if os.path.isdir(name_or_path):
+        return Path(name_or_path)
     from lavish.checkpoints import hub  # only a hub name needs it
 
     return hub.resolve(str(name_or_path), revision=revision)
