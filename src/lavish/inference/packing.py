@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lavish.common.errors import ConfigError
+from lavish.nn.linear import Linear
 from lavish.nn.packed import PackedLinear, can_pack
 
 MIN_BYTES = 2 * 2**20
@@ -56,7 +57,7 @@ def pack(network: nn.Module, *, min_bytes: int = MIN_BYTES) -> int:
     num_packed = 0
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) is not nn.Linear or uses[id(layer.weight)] > 1 or layer.weight.nbytes <= min_bytes:
+            if type(layer) not in (nn.Linear, Linear) or uses[id(layer.weight)] > 1 or layer.weight.nbytes <= min_bytes:
                 continue
             if can_pack(layer.weight):
                 setattr(parent, name, PackedLinear.from_linear(layer))

@@ -30,6 +30,7 @@ from lavish.models.cogvlm.routing import (
     vision_expert_mask,
 )
 from lavish.nn.eva2_clip import EVA2CLIPModel
+from lavish.nn.linear import Linear
 
 MANY_TOKENS = 64  # from here on a norm saves memory traffic, below it (a decoding step) it saves calls
 
@@ -176,8 +177,8 @@ class VisionExpertAttention(nn.Module):
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rotary_base)
         self.vision_expert_query_key_value = nn.Linear(hidden_size, out, bias=config.version == 2)
         self.vision_expert_dense = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.language_expert_query_key_value = nn.Linear(hidden_size, out, bias=False)
-        self.language_expert_dense = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.language_expert_query_key_value = Linear(hidden_size, out, bias=False)
+        self.language_expert_dense = Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, language, vision, cos, sin, attending: Attending, past_key_values, is_last_only: bool):
         """Give what both streams add to their residuals; with `is_last_only` the last column's, and no vision."""
@@ -211,9 +212,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = F.silu(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
@@ -417,7 +418,7 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CogVLMConfig):
         super().__init__(config)
         self.model = CogVLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
