@@ -1,0 +1,238 @@
+"""Tensor parallelism: several processes give what one gives, each holds a share, and none runs alone unasked."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tolerance import LOGITS_APART, close
+
+import lavish
+from lavish.checkpoints import hf
+from lavish.checkpoints.loading import load_into
+from lavish.common.errors import ConfigError, ShapeMismatch
+from lavish.inference.parallel import cut_network, head_spans, local_device
+from lavish.models.cogvlm.weights import TENSOR_PARALLEL_PLAN
+
+PROGRAM = Path(__file__).with_name("tensor_parallel_program.py")
+
+
+class Run:
+    """What the processes of one run wrote down."""
+
+    def __init__(self, release, size: int, folder: Path):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone"]
+        done = subprocess.run(
+            [*command, str(PROGRAM), release.name, str(folder)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        self.release, self.size = release, size
+        self.tensors = [load_file(folder / f"{rank}.safetensors") for rank in range(size)]
+        self.told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+        self.expected = load_file(release.folder.parent / "expected.safetensors")
+
+
+@pytest.fixture(scope="module", params=[("cogvlm", 2), ("cogvlm2", 2), ("cogvlm2", 4)], ids=str)
+def run(request, releases, tmp_path_factory) -> Run:
+    """cogvlm2 has 2 key/value heads: among 4 processes each of them is held twice."""
+    name, size = request.param
+    return Run(releases[name], size, tmp_path_factory.mktemp(f"{name}-{size}"))
+
+
+def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def test_logits_and_image_features_are_those_of_one_process(run):
+    """Every prompt, with an image and without, and the left-padded batch of both."""
+    assert {f"{name}.logits" for name in run.release.prompts} <= run.tensors[0].keys()
+    is_real = torch.tensor(run.release.expected["batch_left"]["attention_mask"]).bool()
+    for name, found in run.tensors[0].items():
+        if name in run.expected:
+            rows = is_real if name == "batch_left.logits" else slice(None)
+            close(found[rows], run.expected[name][rows])
+
+
+def test_greedy_tokens_are_the_released_ones(run):
+    ids = dict(run.told[0]["ids"])
+    assert ids.pop("batch_left {}") == run.release.batch_left
+    assert ids.pop("batch_left {'cache_implementation': 'static'}") == run.release.batch_left
+    assert ids == run.release.greedy_ids
+
+
+def test_chat_batch_and_static_step_give_the_released_tokens(run):
+    told = run.told[0]
+    expected = [run.release.greedy_ids[name] for name in told["asked"]]
+    assert told["chat"] == told["batch"] == expected
+    assert told["static"] == expected[0]
+
+
+def test_all_processes_have_the_same(run):
+    """Bit for bit, and also where an answer is drawn without a seed."""
+    for tensors, told in zip(run.tensors[1:], run.told[1:], strict=True):
+        assert all(torch.equal(tensors[name], value) for name, value in run.tensors[0].items())
+        assert told == run.told[0]
+    drawn = {tuple(ids) for ids in run.told[0]["drawn"]}
+    assert len(drawn) == 4  # each answer, and each row of a batch, has a stream of its own
+
+
+def test_a_seed_gives_the_answer_of_one_process(run):
+    vlm = run.release.vlm()
+    messages = run.told[0]["messages"]
+    alone = vlm.chat(messages, temperature=2.0, max_new_tokens=10, seed=5).token_ids
+    assert run.told[0]["seeded"] == alone
+
+
+def test_each_process_holds_a_share(run):
+    whole = {name: parameter.nbytes for name, parameter in run.release.loaded.model.named_parameters()}
+    shared = [name for name in whole if "_dense.weight" in name or "mlp" in name or name == "lm_head.weight"]
+    assert len(shared) > 20
+    for told in run.told:
+        assert all(told["bytes"][name] * run.size == whole[name] for name in shared if "fc2.bias" not in name)
+    # Of the fused rows also, where each process has its own key/value heads.
+    fused = "model.layers.0.self_attn.vision_expert_query_key_value.weight"
+    copies = run.size > 2  # 4 query and 2 key/value heads among 4: one of each kind in a process
+    assert run.told[0]["bytes"][fused] * (8 if copies else 2 * run.size) == whole[fused] * (3 if copies else 2)
+
+
+def test_a_share_is_neither_saved_nor_trained(run):
+    assert f"one of {run.size} shares" in run.told[0]["save"]
+    assert not run.told[0]["is_trainable"]
+
+
+def test_equal_row_blocks_would_be_wrong(run):
+    """The trap of a fused query_key_value: the same network, cut without regard to heads."""
+    if run.size > 2:
+        pytest.skip("among 4 processes equal blocks do not have the shape of heads")
+    wrong, right = run.tensors[0]["equal_blocks.logits"], run.expected["chat_image.logits"]
+    assert (wrong - right).abs().max() > 100 * LOGITS_APART
+
+
+# -- the cut -----------------------------------------------------------------------------------------------------------
+
+
+def test_heads_are_cut_inside_each_of_query_key_and_value():
+    # 4 query heads, 2 key/value heads of 3 rows each: rows 0-11 q, 12-17 k, 18-23 v.
+    assert head_spans(4, 2, 24, rank=0, size=2) == ((0, 6), (12, 15), (18, 21))
+    assert head_spans(4, 2, 24, rank=1, size=2) == ((6, 12), (15, 18), (21, 24))
+    assert head_spans(4, 2, 24, rank=2, size=4) == ((6, 9), (15, 18), (21, 24))  # head 2 asks key/value head 1
+
+
+@pytest.mark.parametrize(("name", "size"), [("cogvlm2-llama3-chat-19B", 8), ("cogvlm-chat-v1.1", 16)])
+def test_a_released_model_is_shared_out_whole(name, size, monkeypatch):
+    covered: dict[str, list[tuple[int, int]]] = {}
+    for rank in range(size):
+        as_process(monkeypatch, rank, size)
+        network = lavish.build(name, num_hidden_layers=2, vision_config={"num_hidden_layers": 2})
+        whole = {key: value.shape for key, value in network.named_parameters()}
+        cuts = cut_network(network, TENSOR_PARALLEL_PLAN)
+        for key, cut in cuts.items():
+            covered.setdefault(key, []).extend(cut.spans)
+            assert tuple(whole[key]) == cut.whole
+            local = network.get_parameter(key).shape
+            assert local[cut.dim] == sum(stop - start for start, stop in cut.spans) == cut.whole[cut.dim] // size
+    for key, spans in covered.items():
+        ends = sorted(spans)
+        assert ends[0][0] == 0
+        assert all(left[1] == right[0] for left, right in pairwise(ends)), key
+    kept_whole = {key.split(".")[-2] for key in whole.keys() - covered.keys()}
+    assert not {"gate_proj", "up_proj", "down_proj", "query_key_value", "fc1", "lm_head"} & kept_whole
+
+
+@pytest.mark.parametrize(("name", "share"), [("cogvlm2-llama3-chat-19B", 0.155), ("cogvlm-chat-v1.1", 0.135)])
+def test_a_share_of_eight_is_little_more_than_an_eighth(name, share, monkeypatch):
+    """The embedding table is whole in every process; the rest is small."""
+    as_process(monkeypatch, 0, 8)
+    network = lavish.build(name)
+    before = sum(parameter.numel() for parameter in network.parameters())
+    cut_network(network, TENSOR_PARALLEL_PLAN)
+    assert sum(parameter.numel() for parameter in network.parameters()) < share * before
+
+
+def test_loading_a_share_stays_strict(v2, monkeypatch):
+    as_process(monkeypatch, 1, 2)
+    tensors = hf.read(v2.folder)
+    network = lavish.build(v2.folder, vocab_size=478)
+    cuts = cut_network(network, TENSOR_PARALLEL_PLAN)
+    with pytest.raises(ShapeMismatch, match=r"\(480, 64\) in .*, \(478, 64\) by the config"):
+        load_into(network, tensors, dtype=None, device="cpu", cuts=cuts)
+    network = lavish.build(v2.folder, dtype="float32")
+    load_into(network, tensors, dtype=None, device="cpu", cuts=cut_network(network, TENSOR_PARALLEL_PLAN))
+    assert torch.equal(network.lm_head.weight, tensors["lm_head.weight"][240:])
+    down = "model.layers.1.mlp.vision_mlp.down_proj.weight"
+    assert torch.equal(network.get_parameter(down), tensors[down][:, 72:])
+    assert network.get_parameter(down).is_contiguous()
+
+
+# -- refusals: before any weight is read, and before the processes meet ------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [None, "1"])
+def test_one_process_is_never_run_silently(v2, size, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ConfigError, match=r"this program is one\. Start it with: torchrun --nproc-per-node 2"):
+        lavish.load(v2.folder, parallel="tensor")
+
+
+def test_an_unknown_way_is_refused(v2):
+    with pytest.raises(ConfigError, match=r"No parallel='tensors'\. Did you mean 'tensor'\?"):
+        lavish.load(v2.folder, parallel="tensors")
+
+
+def test_heads_that_do_not_divide_are_refused(release, monkeypatch):
+    as_process(monkeypatch, 0, 3)
+    with pytest.raises(ConfigError, match=r"3 processes: the 4 heads of .* do not divide\. Use 2 or 4 of them"):
+        lavish.load(release.folder, device="cpu", parallel="tensor")
+    assert not torch.distributed.is_initialized()
+
+
+def test_key_value_heads_that_do_not_divide_are_refused(monkeypatch):
+    as_process(monkeypatch, 0, 4)
+    network = lavish.build(
+        "cogvlm2-llama3-chat-19B",
+        num_hidden_layers=1,
+        hidden_size=3072,
+        num_attention_heads=24,
+        num_multi_query_heads=6,
+    )
+    with pytest.raises(ConfigError, match=r"the 6 key/value heads of .* neither divide nor can be repeated evenly"):
+        cut_network(network, TENSOR_PARALLEL_PLAN)
+
+
+def test_features_that_do_not_divide_are_refused(v2, monkeypatch):
+    as_process(monkeypatch, 0, 2)
+    with pytest.raises(ConfigError, match="the 479 features of 'lm_head' do not divide"):
+        lavish.load(v2.folder, device="cpu", parallel="tensor", config={"vocab_size": 479})
+
+
+def test_what_needs_whole_layers_is_refused(v2, monkeypatch, tmp_path):
+    as_process(monkeypatch, 0, 2)
+    with pytest.raises(ConfigError, match="takes no quantised network"):
+        lavish.load(v2.folder, device="cpu", parallel="tensor", quantization="int8")
+    with pytest.raises(ConfigError, match="takes no adapter"):
+        lavish.load(v2.folder, device="cpu", parallel="tensor", adapter=tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    as_process(monkeypatch, 0, 2)
+    with pytest.raises(ConfigError, match=r"device='cuda:0' would be every process's"):
+        local_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
+    with pytest.raises(ConfigError, match="this machine has"):
+        local_device("auto")
