@@ -236,6 +236,14 @@ def test_an_index_and_shards_of_different_versions(sharded: Path) -> None:
         hf.read(sharded)
 
 
+def test_an_index_whose_absent_shard_is_not_needed(sharded: Path) -> None:
+    """Not complete, whatever `allow_absent`: otherwise `lavish inspect` praises what `lavish.load` refuses."""
+    first, second, third = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2, 3))
+    write_index(sharded, {"a": first, "b": third, "c": second})
+    with pytest.raises(MissingKeys, match=r"'b' is in .*00003.*, which is not here \(.*00001.* does\)"):
+        hf.read(sharded, allow_absent=True)
+
+
 def test_the_same_name_in_two_shards(sharded: Path) -> None:
     save_file({"a": torch.ones(1), "c": torch.ones(1)}, sharded / "model-00002-of-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"both .*00001.* and .*00002.* hold 'a'"):

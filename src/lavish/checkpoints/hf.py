@@ -138,9 +138,10 @@ def _read_sharded(path: Path, index: Path, allow_absent: bool) -> TensorMap:
                 )
             infos[key], held_by[key] = info, shard
     for key, shard in weight_map.items():
-        if shard not in absent and held_by.get(key) != shard:
+        if held_by.get(key) != shard and (shard not in absent or key in held_by):
+            why = "is not here" if shard in absent else "does not hold it"
             raise MissingKeys(
-                f"{index}: says that {key!r} is in {shard}, which does not hold it"
+                f"{index}: says that {key!r} is in {shard}, which {why}"
                 + (f" ({held_by[key]} does)" if key in held_by else "")
                 + ". Index and shards are of different versions; fetch both again."
             )
