@@ -7,98 +7,37 @@ from typing import Annotated
 
 import typer
 
+from lavish.cli import options
 from lavish.cli.terminal import say
 from lavish.cli.wording import LANGUAGES, WORDINGS, choose_language
 from lavish.common.errors import ConfigError, did_you_mean
 
-SAMPLING = "Answer"
-LOADING = "Load"
 RELEASED = "Names of the released demos"
 
 
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder, hub id (org/name), or a name of [bold]lavish zoo[/bold]; without it the bundled model.",
-        ),
-    ] = None,
+    model: options.Model = None,
     image: Annotated[
         str | None, typer.Option("--image", "-i", metavar="FILE", help="Image, path or URL; without it you are asked.")
     ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            "--template", "--version", metavar="NAME", help="Prompt format: chat, vqa or base; default: the model's."
-        ),
-    ] = None,
+    template: options.Template = None,
     no_prompt: Annotated[
         bool, typer.Option("--no-prompt", help="Ask the empty question about each new image (captions of base models).")
     ] = False,
     language: Annotated[
         str | None, typer.Option("--lang", metavar="en|zh", help="Language of the prompts; default: the locale's.")
     ] = None,
-    grounding: Annotated[
-        bool | None,
-        typer.Option("--grounding/--no-grounding", help="Draw the boxes of answers; default: for grounding models."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", rich_help_panel=SAMPLING, help="Most tokens of an answer; default 2048."),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", rich_help_panel=SAMPLING, help="Most tokens of image, conversation and answer together."
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="N", rich_help_panel=SAMPLING, help="Above 0 draws; default: the likeliest words."),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P", rich_help_panel=SAMPLING, help="Draw among the likeliest words up to this probability."
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="N", rich_help_panel=SAMPLING, help="Draw among this many words; 1 is no draw."),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, metavar="N", rich_help_panel=SAMPLING, help="Same seed, same draw.")
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            show_default=False,
-            rich_help_panel=LOADING,
-            help="auto, bfloat16, float16 or float32; auto is as stored.",
-        ),
-    ] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", show_default=False, rich_help_panel=LOADING, help="auto, cpu, cuda, cuda:1 or mps."
-        ),
-    ] = "auto",
-    quantization: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", rich_help_panel=LOADING, help="int8, or nf4 with bitsandbytes: less memory."),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            "--tokenizer",
-            "--local-tokenizer",
-            metavar="PATH",
-            rich_help_panel=LOADING,
-            help="Folder or hub id, where the model's folder has none (CogVLM v1: a Vicuna-7B).",
-        ),
-    ] = None,
+    grounding: options.Grounding = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    max_length: options.MaxLength = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantization: options.Quantization = None,
+    tokenizer: options.Tokenizer = None,
     from_pretrained: Annotated[
         str | None,
         typer.Option("--from-pretrained", metavar="MODEL", rich_help_panel=RELEASED, help="The same as MODEL."),

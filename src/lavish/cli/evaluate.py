@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from lavish.cli import options
 from lavish.cli.terminal import Progress, console, working
 
 HEADLINES = {"vqa": "VQA, exact match", "box_hit": "boxes, IoU at least 0.5", "caption_f1": "captions, F1 of the facts"}
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", show_default=False, help="The YAML file.")],
-    more: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", show_default=False, help="More of what --set takes."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", "--options", metavar="KEY=VALUE", help="Replace a key, e.g. model.path=FOLDER; may be repeated."
-        ),
-    ] = None,
+    recipe: options.Recipe,
+    more: options.More = None,
+    overrides: options.Overrides = None,
 ) -> None:
     """Score a model on the held-out questions of a recipe. Without model.path the bundled model is scored.
 

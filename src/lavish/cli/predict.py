@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lavish.cli import options
 from lavish.cli.terminal import CONTROL, Progress, console, human_seconds, say, say_error
 from lavish.common.errors import ConfigError, DataError, LavishError, MediaError
 
@@ -21,17 +23,10 @@ if TYPE_CHECKING:
 
 FAILED = 1
 SHOWN_FAILURES = 20
-ANSWER, LOADING = "Answer", "Load"
 
 
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder, hub id (org/name), or a name of [bold]lavish zoo[/bold]; without it the bundled model.",
-        ),
-    ] = None,
+    model: options.Model = None,
     inputs: Annotated[
         str | None, typer.Argument(metavar="INPUT", show_default=False, help="The same as --input.")
     ] = None,
@@ -57,56 +52,18 @@ def command(
     allow_urls: Annotated[
         bool, typer.Option("--allow-urls", help="Fetch images that a JSONL names by https URL.")
     ] = False,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", rich_help_panel=ANSWER, help="Prompt format: chat, vqa or base; default: the model's."
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", rich_help_panel=ANSWER, help="Most tokens of an answer; default 2048."),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="N", rich_help_panel=ANSWER, help="Above 0 draws; default: the likeliest words."),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P", rich_help_panel=ANSWER, help="Draw among the likeliest words up to this probability."
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, metavar="N", rich_help_panel=ANSWER, help="Draw among this many words.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, metavar="N", rich_help_panel=ANSWER, help="Same seed, same draw.")
-    ] = None,
-    grounding: Annotated[
-        bool | None,
-        typer.Option(
-            "--grounding/--no-grounding", rich_help_panel=ANSWER, help="Read boxes; default: for grounding models."
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", show_default=False, rich_help_panel=LOADING, help="auto, bfloat16, float16 or float32."
-        ),
-    ] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", show_default=False, rich_help_panel=LOADING, help="auto, cpu, cuda, cuda:1 or mps."
-        ),
-    ] = "auto",
-    quantization: Annotated[
-        str | None, typer.Option(metavar="NAME", rich_help_panel=LOADING, help="int8, or nf4 with bitsandbytes.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="PATH", rich_help_panel=LOADING, help="Where the model's folder has none.")
-    ] = None,
+    template: options.Template = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    max_length: options.MaxLength = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    grounding: options.Grounding = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantization: options.Quantization = None,
+    tokenizer: options.Tokenizer = None,
 ) -> int:
     """Ask one question about one image, or one about each of many.
 
@@ -127,21 +84,17 @@ def command(
         raise ConfigError("Nothing to ask: give --image and --question, or --input. See lavish predict --help.")
     if many is None and (output or retry_failed or overwrite):
         raise ConfigError("--output, --retry-failed and --overwrite belong to --input; one answer is printed.")
+    if output is not None and str(output) != "-":
+        output = output.expanduser()
     from lavish.cli.questions import Answers, read_questions
 
     questions = None if many is None else read_questions(many, question)
-    answers = Answers(None if output is None or str(output) == "-" else output)
-    if questions is not None:
-        answers.open(questions, model or "pocket", overwrite=overwrite, retry_failed=retry_failed)
-        if all(item.id in answers.done for item in questions):
-            answers.close()
-            return _report(answers, questions, 0.0)
-    from lavish.cli.loading import load_model
     from lavish.inference.options import parse_options
 
     generation: dict[str, Any] = {
         "chat_template": template,
         "max_new_tokens": max_new_tokens,
+        "max_length": max_length,
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
@@ -153,12 +106,23 @@ def command(
         from lavish.cli.dialogue import check_template
 
         check_template(template)
-    vlm = load_model(model, dtype=dtype, device=device, quantization=quantization, tokenizer=tokenizer)
+    loading = {"dtype": dtype, "quantization": quantization, "tokenizer": tokenizer}
     if questions is None:
-        _ask_one(vlm, image, question or "", generation)
+        _ask_one(model, image, question or "", generation, {**loading, "device": device})
         return 0
-    run = Run(vlm, answers, model or "pocket", generation, batch_size, allow_urls=allow_urls)
-    return run.ask_all(questions)
+    answers = Answers(None if output is None or str(output) == "-" else output)
+    settings = {"model": model or "pocket", **generation, **loading}
+    answers.open(questions, settings, overwrite=overwrite, retry_failed=retry_failed)
+    with closing(answers):
+        for note in answers.notes:
+            say(note)
+        if all(item.id in answers.done for item in questions):
+            return _report(answers, questions, 0.0)
+        from lavish.cli.loading import load_model
+
+        vlm = load_model(model, device=device, **loading)
+        run = Run(vlm, answers, model or "pocket", generation, batch_size, allow_urls=allow_urls)
+        return run.ask_all(questions)
 
 
 def _one_source(inputs: str | None, source: str | None) -> str | None:
@@ -167,11 +131,16 @@ def _one_source(inputs: str | None, source: str | None) -> str | None:
     return inputs or source
 
 
-def _ask_one(vlm: VLM, image: str | None, question: str, generation: dict[str, Any]) -> None:
+def _ask_one(
+    model: str | None, image: str | None, question: str, generation: dict[str, Any], loading: dict[str, Any]
+) -> None:
     from lavish.cli.dialogue import plain_path
+    from lavish.cli.loading import load_model
     from lavish.common.media import open_image
 
-    picture = None if image is None else open_image(plain_path(image), allow_urls=True)  # the user typed it
+    # Before the model: a wrong path is found at once. The user typed it, so it may be a URL.
+    picture = None if image is None else open_image(plain_path(image), allow_urls=True)
+    vlm = load_model(model, **loading)
     text = vlm.chat(_messages(picture, question), **generation).text
     print(CONTROL.sub("", text) if sys.stdout.isatty() else text)
 
@@ -219,8 +188,6 @@ class Run:
             where = f" {self.answers.path} keeps them; the same command goes on." if self.answers.path else ""
             say(f"stopped: {len(self.answers.done)} of {len(questions)} are done.{where}")
             raise
-        finally:
-            self.answers.close()
         return _report(self.answers, questions, progress.elapsed_s)
 
     def _batches(self, left: list[Question], pool: Executor) -> Iterator[tuple[list[Question], list[Any]]]:

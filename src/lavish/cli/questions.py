@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lavish.cli.dialogue import IMAGE_SUFFIXES, is_url
+from lavish.cli.run_record import RunRecord, difference
 from lavish.common.errors import DataError, did_you_mean
 
 FIELDS = ("image", "question", "id")
@@ -152,30 +153,72 @@ class Answers:
         self.path = path
         self.done: dict[str | int, dict[str, Any]] = {}
         self.repaired = False
+        self.notes: list[str] = []
+        """What the person should know before the run goes on."""
         self._file: FileIO | None = None
+        self._record = None if path is None else RunRecord(path)
+        self._replaces_with: dict[str, Any] | None = None
+        """Settings of a run that overwrites: the old lines go when the first new one comes, not before."""
 
-    def open(self, questions: Iterable[Question], model: str, *, overwrite: bool, retry_failed: bool) -> None:
-        """Read what an earlier run wrote, and get ready to append.
+    def open(
+        self, questions: Iterable[Question], settings: Mapping[str, Any], *, overwrite: bool, retry_failed: bool
+    ) -> None:
+        """Read what an earlier run wrote, and get ready to append. `settings` (model, options) must be that run's.
 
         Raises:
-            DataError: the file is no file of answers, or holds those of another model or other questions.
+            DataError: the file is no file of answers, or holds those of another model, of other options or questions,
+                or another process writes it.
         """
-        if self.path is None:
+        if self.path is None or self._record is None:
             return
-        if overwrite:
-            self._write_anew([])
-        elif self.path.is_file():
+        if self.path.is_dir():
+            raise DataError(f"{self.path}: a folder; --output is a file, such as {self.path / 'answers.jsonl'}.")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written ({error.strerror or error}).") from error
+        self._record.take()
+        try:
+            self._open(self._record, questions, settings, overwrite=overwrite, retry_failed=retry_failed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(
+        self,
+        record: RunRecord,
+        questions: Iterable[Question],
+        settings: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        retry_failed: bool,
+    ) -> None:
+        path = record.output
+        if not record.is_locked:
+            self.notes.append(f"{path}: this file system has no locks; let no other process write it meanwhile.")
+        recorded = None if overwrite and record.is_damaged() else record.read()
+        has_answers = path.is_file() and path.stat().st_size > 0
+        if has_answers and not overwrite:
+            if recorded is None:
+                self.notes.append(f"{path}: not recorded how it was made; its template and options are taken as asked.")
+            elif differs := difference(recorded, settings):
+                raise DataError(
+                    f"{path}: {differs}. Go on with the same options, give another --output, or --overwrite."
+                )
+        if has_answers and overwrite:
+            self._replaces_with = dict(settings)
+        elif path.is_file():
             rows = self._read()
-            self._check({item.id: item for item in questions}, model, rows)
+            self._check({item.id: item for item in questions}, settings["model"], rows)
             if retry_failed and any("error" in row for row in rows):
                 rows = [row for row in rows if "error" not in row]
                 self._write_anew(rows)
             self.done = {row["id"]: row for row in rows}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab", buffering=0)  # no buffer: what is written survives a kill
+            self._file = path.open("ab", buffering=0)  # no buffer: what is written survives a kill
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({error.strerror or error}).") from error
+            raise DataError(f"{path}: cannot be written ({error.strerror or error}).") from error
+        record.write(settings if self._replaces_with is None else recorded)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, so that a kill loses none of them.
@@ -185,6 +228,10 @@ class Answers:
         """
         text = "".join(map(_line, rows))
         try:
+            if self._file is not None and self._record is not None and self._replaces_with is not None:
+                self._file.truncate(0)
+                self._record.write(self._replaces_with)
+                self._replaces_with = None
             if self._file is None:
                 print(text, end="", flush=True)
             else:
@@ -196,9 +243,15 @@ class Answers:
             raise DataError(f"{where}: cannot be written ({why}). What is in it stays; run again to go on.") from error
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; where not one line is in it, nothing is left behind."""
         if self._file is not None:
             self._file.close()
+            self._file = None
+        if self.path is not None and self._record is not None:
+            is_empty = not self.path.is_dir() and (not self.path.exists() or self.path.stat().st_size == 0)
+            if is_empty:
+                self.path.unlink(missing_ok=True)
+            self._record.release(remove=is_empty)
 
     def _read(self) -> list[dict[str, Any]]:
         path = self.path
@@ -243,10 +296,10 @@ class Answers:
         text = "".join(map(_line, rows))
         partial = self.path.with_name(f".{self.path.name}.partial")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(text, encoding="utf-8")
             partial.replace(self.path)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise DataError(f"{self.path}: cannot be written ({error.strerror or error}).") from error
 
 

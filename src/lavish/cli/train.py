@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lavish.cli import options
 from lavish.cli.terminal import console, human_seconds, say
 from lavish.common.schema import field_help
 from lavish.runners.schema import RunConfig
@@ -20,17 +21,9 @@ HEARTBEAT_S = 10.0
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", show_default=False, help="The YAML file of the run.")],
-    more: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", show_default=False, help="More of what --set takes."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", "--options", metavar="KEY=VALUE", help="Replace a key, e.g. run.init_lr=1e-4; may be repeated."
-        ),
-    ] = None,
+    recipe: options.Recipe,
+    more: options.More = None,
+    overrides: options.Overrides = None,
     only: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Run this stage; those that it starts from are finished.")
     ] = None,

@@ -1,0 +1,100 @@
+"""Arguments and options that several commands take: one name, one help text, one place."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+ANSWER, LOADING = "Answer", "Load"
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder, hub id (org/name), or a name of [bold]lavish zoo[/bold]; without it the bundled model.",
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        "--version",
+        metavar="NAME",
+        rich_help_panel=ANSWER,
+        help="Prompt format: chat, vqa or base; default: the model's.",
+    ),
+]
+Grounding = Annotated[
+    bool | None,
+    typer.Option(
+        "--grounding/--no-grounding",
+        rich_help_panel=ANSWER,
+        help="Read the boxes of answers, chat draws them; default: for grounding models.",
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", rich_help_panel=ANSWER, help="Most tokens of an answer; default 2048."),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", rich_help_panel=ANSWER, help="Most tokens of image, conversation and answer together."
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, metavar="N", rich_help_panel=ANSWER, help="Above 0 draws; default: the likeliest words."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(metavar="P", rich_help_panel=ANSWER, help="Draw among the likeliest words up to this probability."),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="N", rich_help_panel=ANSWER, help="Draw among this many words; 1 is no draw."),
+]
+Seed = Annotated[int | None, typer.Option(min=0, metavar="N", rich_help_panel=ANSWER, help="Same seed, same draw.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        show_default=False,
+        rich_help_panel=LOADING,
+        help="auto, bfloat16, float16 or float32; auto is as stored.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(metavar="NAME", show_default=False, rich_help_panel=LOADING, help="auto, cpu, cuda, cuda:1 or mps."),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", rich_help_panel=LOADING, help="int8, or nf4 with bitsandbytes: less memory."),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        "--local-tokenizer",
+        metavar="PATH",
+        rich_help_panel=LOADING,
+        help="Folder or hub id, where the model's folder has none (CogVLM v1: a Vicuna-7B).",
+    ),
+]
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", show_default=False, help="The YAML file of the run.")]
+More = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", show_default=False, help="More of what --set takes."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "--options",
+        metavar="KEY=VALUE",
+        help="Replace a key of the recipe, e.g. run.seed=7; may be repeated.",
+    ),
+]
