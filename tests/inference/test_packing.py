@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from small_network import answer, make_network
+from tolerance import SAME_MATH, close
 from torch import nn
 
-from lavish.inference.cache import SliceCache
-from lavish.inference.packing import pack, unpack
-from lavish.inference.steps import CogVLMSteps, Prompt
-from lavish.models.cogvlm.config import CogVLMConfig
+import lavish
+from lavish.common.errors import ConfigError
+from lavish.inference import packing
+from lavish.inference.packing import pack, should_pack, unpack, weight_bytes
 from lavish.models.cogvlm.model import CogVLMForCausalLM
 from lavish.nn.packed import PackedLinear, can_pack
 
@@ -16,46 +18,15 @@ pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="this to
 
 @pytest.fixture
 def network() -> CogVLMForCausalLM:
-    config = CogVLMConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_multi_query_heads=2,
-        vision_config={
-            "image_size": 56,
-            "patch_size": 14,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "num_heads": 2,
-        },
-    )
-    network = CogVLMForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return network
-
-
-def answer(network: CogVLMForCausalLM) -> torch.Tensor:
-    """Give the logits of a prompt with a picture and of three more tokens."""
-    steps = CogVLMSteps(network)
-    pixel_values = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
-    prompt = Prompt([1, *[0] * 6, 5, 6, 7], [0, *[1] * 6, 0, 0, 0], pixel_values, None)
-    cache = SliceCache(steps.num_layers)
-    logits, state = steps.prefill([prompt], steps.image_features(pixel_values), cache)
-    return torch.cat([logits, *(steps.decode([token_id], state, cache) for token_id in (8, 9, 10))])
+    return make_network()
 
 
 def test_logits_are_those_of_the_ordinary_network(network):
-    expected = answer(network)
+    _, expected = answer(network, 4)
     num_linears = sum(isinstance(module, nn.Linear) for module in network.modules())
     assert pack(network, min_bytes=0) == num_linears
     assert isinstance(network.lm_head, PackedLinear)
-    torch.testing.assert_close(answer(network), expected, rtol=1e-5, atol=2e-5)
+    close(answer(network, 4)[1], expected, SAME_MATH)
     assert pack(network, min_bytes=0) == 0
 
 
@@ -92,3 +63,59 @@ def test_small_layers_stay():
     assert pack(layers) == 1
     assert isinstance(layers[0], PackedLinear)
     assert type(layers[1]) is nn.Linear
+
+
+def test_a_packed_network_has_the_same_bytes(network):
+    before = weight_bytes(network)
+    pack(network, min_bytes=0)
+    assert weight_bytes(network) == before
+
+
+HERE = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "is_quantized": False, "has_adapter": False}
+
+
+def test_packing_is_asked_for_or_automatic(monkeypatch):
+    monkeypatch.setattr(packing, "can_pack", lambda weight: weight.dtype in (torch.bfloat16, torch.float32))
+    assert [should_pack(asked, **HERE) for asked in (True, "auto", False)] == [True, True, False]
+    # decoding float32 is faster without
+    assert [should_pack(asked, **HERE | {"dtype": torch.float32}) for asked in (True, "auto")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"device": torch.device("meta")}, "the device is 'meta'"),
+        ({"is_quantized": True}, "these are quantised"),
+        ({"has_adapter": True}, "does not take an adapter"),
+        ({"dtype": torch.float16}, "asked: torch.float16"),
+    ],
+)
+def test_what_cannot_be_packed_is_said(other, said):
+    assert not should_pack("auto", **HERE | other)
+    with pytest.raises(ConfigError, match=said):
+        should_pack(True, **HERE | other)
+
+
+def test_another_word_is_refused():
+    with pytest.raises(ConfigError, match="pack must be True, False or \"auto\", not 'yes'"):
+        should_pack("yes", **HERE)
+
+
+def test_load_packs_answers_and_saves_the_same_files(release, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "__kwdefaults__", {"min_bytes": 0})
+    vlm = lavish.load(release.folder, device="cpu", dtype="float32", pack=True)
+    assert isinstance(vlm.model.lm_head, PackedLinear)
+    messages, template = release.prompts["chat_image"]
+    reply = vlm.chat(messages, max_new_tokens=10, chat_template=template)
+    assert reply.token_ids == release.greedy_ids["chat_image"]
+    for network, folder in ((vlm.model, tmp_path / "packed"), (release.loaded.model, tmp_path / "ordinary")):
+        network.save_pretrained(folder)
+    names = sorted(path.name for path in (tmp_path / "ordinary").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "packed").iterdir())
+    for name in names:
+        assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "ordinary" / name).read_bytes(), name
+
+
+def test_load_refuses_to_pack_int8(v2):
+    with pytest.raises(ConfigError, match="pack=True takes float weights"):
+        lavish.load(v2.folder, device="cpu", quantization="int8", pack=True)

@@ -36,6 +36,13 @@ def test_decoder_layers_are_int8_and_the_rest_is_untouched(release, quantized):
         assert torch.equal(value, release.loaded.model.get_parameter(name)), name
 
 
+def test_slow_int8_is_said(v2, caplog):
+    lavish.load(v2.folder, quantization="int8", device="cpu", dtype="bfloat16")
+    assert "int8" not in caplog.text
+    lavish.load(v2.folder, quantization="int8", device="cpu", dtype="float32")
+    assert 'dtype="bfloat16" is' in caplog.text
+
+
 def test_logits_stay_close_and_most_tokens_equal(release, quantized):
     same = 0
     for name, (messages, template) in release.prompts.items():

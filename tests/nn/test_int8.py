@@ -42,6 +42,20 @@ def test_the_product_is_that_of_the_dequantised_weight(linear, dtype, rows):
     assert layer(x[:, :1]).shape == (2, 1, 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 40])
+def test_the_product_without_gradients(dtype, rows):
+    """float32 goes block by block: 2,048 inputs are 128 rows of the weight in a block."""
+    linear = nn.Linear(2048, 300).to(dtype).requires_grad_(False)
+    layer = Int8Linear.from_linear(linear)
+    x = torch.randn(rows, 2048, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with torch.inference_mode():
+        product = layer(x)
+    exact = x.double() @ (layer.weight.double() * layer.weight_scale.double()[:, None]).T + linear.bias.double()
+    assert product.shape == (rows, 300)
+    assert torch.allclose(product.double(), exact, rtol=0, atol={torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype])
+
+
 def test_the_product_is_close_to_the_original(linear):
     layer = Int8Linear.from_linear(linear)
     x = torch.randn(50, 96, generator=torch.Generator().manual_seed(2))

@@ -31,7 +31,14 @@ from lavish.inference.adapters import ADAPTER_CONFIG, apply_adapter
 from lavish.inference.options import read_sampling_defaults
 from lavish.inference.parallel import check_parallel, load_share, local_device, refuse_with_parallel, shared_seeds
 from lavish.inference.placement import resolve_device, resolve_dtype
-from lavish.inference.quantization import check_quantization, is_saved_int8, load_quantized, replace_by_int8
+from lavish.inference.quantization import (
+    INT8,
+    check_quantization,
+    is_saved_int8,
+    load_quantized,
+    replace_by_int8,
+    warn_if_slow,
+)
 from lavish.inference.register import register
 from lavish.inference.vlm import VLM
 
@@ -68,8 +75,8 @@ def load(
         quantization: "int8" (any device) or "nf4" (needs bitsandbytes); decoder layers only.
         quantize_vision: quantise the tower and the projector too.
         pack: put the weights into the CPU's own layout: the same values, read faster. Such a network cannot be trained,
-          quantised, adapted or moved to a GPU; it is saved as any other. "auto": where that can be done and nothing
-          speaks against it, as `lavish chat` and `lavish predict` ask for.
+          quantised, adapted or moved to a GPU; it is saved as any other. "auto": bfloat16 on a CPU, where it pays in
+          every step; `lavish chat` and `lavish predict` ask for that.
         adapter: folder of a PEFT adapter to put on the network; it is not merged.
         base: where the base is, if `path_or_hub_id` is itself an adapter's folder.
         tokenizer: folder or hub id of the tokenizer (CogVLM v1 has its own apart), or a tokenizer.
@@ -98,6 +105,8 @@ def load(
     if release.is_int8 and quantization is not None:
         raise ConfigError(f"{folder} was saved in int8 already; load it without quantization={quantization!r}.")
     is_quantized = release.is_int8 or quantization is not None
+    if release.is_int8 or quantization == INT8:
+        warn_if_slow(weight_dtype, target)
     is_packed = packing.should_pack(
         pack, dtype=weight_dtype, device=target, is_quantized=is_quantized, has_adapter=adapter is not None
     )

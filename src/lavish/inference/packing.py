@@ -24,7 +24,9 @@ better layout of two megabytes saves."""
 def should_pack(
     asked: bool | str, *, dtype: torch.dtype, device: torch.device, is_quantized: bool, has_adapter: bool
 ) -> bool:
-    """Tell whether a network that is to be loaded gets packed. "auto" is True where nothing stands against it.
+    """Tell whether a network that is to be loaded gets packed. "auto" is bfloat16 where nothing stands against it.
+
+    A float32 network gains in a prefill and loses in decoding, where `nn/linear.py` is faster: that has to be asked.
 
     Raises:
         ConfigError: True was asked where it cannot be, or something else than True, False and "auto".
@@ -44,7 +46,7 @@ def should_pack(
         against = f"needs bfloat16 or float32 and a torch and a CPU that have packed products; asked: {dtype}"
     if against is not None and asked is True:
         raise ConfigError(f"pack=True {against}.")
-    return against is None
+    return against is None and (asked is True or dtype == torch.bfloat16)
 
 
 def pack(network: nn.Module, *, min_bytes: int = MIN_BYTES) -> int:

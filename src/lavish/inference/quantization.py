@@ -7,6 +7,7 @@ network quantised to int8 can be saved and loaded again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +21,8 @@ from lavish.checkpoints.rules import Drop, Optional, Rule, plan
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import ConfigError, MissingDependency, did_you_mean
 from lavish.nn.int8 import Int8Linear, quantize_weight
+
+logger = logging.getLogger(__name__)
 
 INT8, NF4 = "int8", "nf4"
 QUANTIZATIONS = (INT8, NF4)
@@ -47,6 +50,15 @@ def check_quantization(name: str | None, quantize_vision: bool = False) -> None:
         )
     if name is None and quantize_vision:
         raise ConfigError('quantize_vision=True needs a quantization: "int8" or "nf4".')
+
+
+def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
+    """Say it where an int8 network spares memory and no time: with float32 activations on a CPU."""
+    if device.type == "cpu" and dtype == torch.float32:
+        logger.warning(
+            'int8 weights with float32 activations spare memory on a CPU, and answers come slower; dtype="bfloat16" is '
+            "faster than either."
+        )
 
 
 def quantized_layers(network: nn.Module, *, quantize_vision: bool = False) -> list[str]:

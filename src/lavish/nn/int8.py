@@ -1,9 +1,10 @@
 """Weight-only int8 linear layers: one float scale an output channel, activations untouched.
 
 The arithmetic is `(x @ weight_int8.T) * scale`: int8 values are exact in every float type, so the scale is applied
-once, to the output. On CPU few rows go through torch's packed int8 product, which reads half the bytes of bf16 and is
-what decoding is bound by; many rows (prefill) and other devices convert the weight first. Quantising a tensor that is
-on disk is in `inference/quantization.py`.
+once, to the output. On CPU few bfloat16 rows go through torch's packed int8 product, which reads half the bytes of bf16
+and is what decoding is bound by; float32 rows convert the weight block by block, each staying in the cache; many rows
+(prefill) and other devices convert the weight first. Quantising a tensor that is on disk is in
+`inference/quantization.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_MAX_PACKED_ROWS = {torch.bfloat16: 8, torch.float32: 1}
-"""Rows up to which the packed CPU product is faster than converting the weight (measured, weights of 4096 x 1024, two
-threads).
+_MAX_PACKED_ROWS = 8
+"""Rows of bfloat16 up to which the packed CPU product is faster than converting the weight (measured, weights of
+4096 x 1024, two threads). That of float32 is four times slower than converting.
 """
+_BLOCK_BYTES = 2**20
+"""What a core's own cache holds of a converted weight."""
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,6 +79,8 @@ class Int8Linear(nn.Module):
         rows = hidden_states.reshape(-1, self.in_features)
         if self._can_use_packed(rows):
             product = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, self.weight_scale)
+        elif self._can_use_blocks(rows):
+            product = self._product_by_blocks(rows).mul_(self.weight_scale)
         else:
             product = F.linear(rows, self.weight.to(rows.dtype)) * self.weight_scale
         if self.bias is not None:
@@ -85,10 +90,28 @@ class Int8Linear(nn.Module):
     def _can_use_packed(self, rows: torch.Tensor) -> bool:
         return (
             rows.device.type == "cpu"
-            and 0 < rows.shape[0] <= _MAX_PACKED_ROWS.get(rows.dtype, 0)
-            and rows.dtype == self.weight_scale.dtype
+            and rows.dtype == torch.bfloat16 == self.weight_scale.dtype
+            and 0 < rows.shape[0] <= _MAX_PACKED_ROWS
             and not rows.requires_grad  # the packed product has no backward
         )
+
+    def _can_use_blocks(self, rows: torch.Tensor) -> bool:
+        return (
+            rows.device.type == "cpu"
+            and rows.dtype == torch.float32 == self.weight_scale.dtype
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
+
+    def _product_by_blocks(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply with the bare int8 values. Shapes: (rows, in) -> (rows, out)."""
+        num_rows = max(1, _BLOCK_BYTES // (4 * self.in_features))
+        block = rows.new_empty(min(num_rows, self.out_features), self.in_features)
+        product = rows.new_empty(rows.shape[0], self.out_features)
+        for weight, part in zip(self.weight.split(num_rows), product.split(num_rows, dim=1), strict=True):
+            converted = block[: weight.shape[0]].copy_(weight)
+            torch.mm(rows, converted.t(), out=part)
+        return product
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, int8"

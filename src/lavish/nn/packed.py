@@ -1,9 +1,9 @@
 """Linear layers whose weight lies in oneDNN's blocked layout: the same values in another order, for inference on a CPU.
 
 A row-major bfloat16 matrix is read at half to two thirds of the speed of the blocked one when one token is multiplied
-with it, which is what decoding on a CPU is bound by; float32 gains less. The operators are torch's own (its compiler
-emits them) but not public: where they are absent, nothing is packed. Which layers to pack is in
-`inference/packing.py`.
+with it, which is what decoding on a CPU is bound by; float32 gains in a prefill only (`nn/linear.py` decodes faster).
+The operators are torch's own (its compiler emits them) but not public: where they are absent, nothing is packed. Which
+layers to pack is in `inference/packing.py`.
 """
 
 from __future__ import annotations
