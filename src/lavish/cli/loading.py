@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lavish.checkpoints import hub
 from lavish.cli.terminal import human_bytes, human_seconds, say, working
-from lavish.common.errors import ConfigError, did_you_mean
+from lavish.common.errors import ConfigError, did_you_mean, shown
 from lavish.models import ZooEntry, model_zoo
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def resolve_model(name: str | None) -> tuple[str | None, ZooEntry | None]:
         raise ConfigError(f"{name!r}: lavish does not know CogAgent. `lavish zoo` lists the models that it knows.")
     if "/" not in name:
         raise ConfigError(
-            f"{name!r}: no such folder here, and no model of this name.{did_you_mean(name, model_zoo)} "
+            f"{shown(name)}: no such folder here, and no model of this name.{did_you_mean(name, model_zoo)} "
             "`lavish zoo` lists the names; a hub id is written org/name."
         )
     return name, None
@@ -110,13 +110,14 @@ def load_model(
     with working(words[0].format(name=name)):
         from lavish.inference.load import load
 
-        vlm = load(path, dtype=dtype, device=device, quantization=quantization, tokenizer=tokenizer)
+        vlm = load(path, dtype=dtype, device=device, quantization=quantization, tokenizer=tokenizer, pack="auto")
     say(words[1].format(name=name, time=human_seconds(time.monotonic() - started_s)), style="dim")
     return vlm
 
 
 def describe(vlm: VLM) -> str:
     """Say in a few words what was loaded: size in memory, dtype, device."""
-    tensors = [*vlm.model.parameters(), *vlm.model.buffers()]
+    from lavish.inference.packing import weight_bytes
+
     kind = str(next(vlm.model.parameters()).dtype).removeprefix("torch.")
-    return f"{human_bytes(sum(tensor.nbytes for tensor in tensors))} · {kind} · {vlm.device}"
+    return f"{human_bytes(weight_bytes(vlm.model))} · {kind} · {vlm.device}"
