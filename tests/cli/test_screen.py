@@ -9,7 +9,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from lavish.cli.dialogue import COMMANDS
-from lavish.cli.screen import Pipes, Terminal, _completer
+from lavish.cli.screen import Pipes, Terminal, _completer, _hide_control_keys, fold_columns
 
 
 @pytest.fixture
@@ -74,3 +74,28 @@ def test_pipes_end_with_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [pipes.read(""), pipes.read("")] == ["one", "two"]
     with pytest.raises(EOFError):
         pipes.read("")
+
+
+def test_a_list_that_is_too_wide_is_folded() -> None:
+    text = "/clear, clear         forget it\n/save [文件]          保存对话"
+    assert fold_columns(text, 80) == text
+    assert fold_columns(text, 28) == "/clear, clear\n    forget it\n/save [文件]\n    保存对话"
+    assert fold_columns("one line  that is wide", 5) == "one line  that is wide"
+
+
+def test_control_keys_are_not_written_into_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    termios = pytest.importorskip("termios")
+    import os
+    import pty
+
+    master, terminal = pty.openpty()
+    try:
+        with os.fdopen(os.dup(terminal)) as stdin:
+            monkeypatch.setattr("sys.stdin", stdin)
+            show_again = _hide_control_keys()
+            assert not termios.tcgetattr(terminal)[3] & termios.ECHOCTL
+            show_again()
+            assert termios.tcgetattr(terminal)[3] & termios.ECHOCTL
+    finally:
+        os.close(master)
+        os.close(terminal)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from lavish.common.errors import CheckpointError, ConfigError, MissingDependency
+from lavish.common.errors import CheckpointError, ConfigError, MissingDependency, shown
 
 MODELSCOPE = "modelscope:"
 DATA_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.yaml"]
@@ -48,7 +48,7 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
     repo_id, _, wanted = name.removeprefix(MODELSCOPE).partition("@")
     if isinstance(name_or_path, Path) or not is_id(name):
         raise ConfigError(
-            f"{name!r}: no such file or folder, and not a hub id. Give the path of a model's folder, 'org/name' "
+            f"{shown(name)}: no such file or folder, and not a hub id. Give the path of a model's folder, 'org/name' "
             "or 'org/name@revision' "
             "for Hugging Face, or 'modelscope:org/name'."
         )

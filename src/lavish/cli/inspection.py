@@ -153,7 +153,11 @@ def find(name_or_path: str) -> tuple[dict[str, Any], str, Path | None]:
     A hub id is never downloaded: its folder in the hub's cache is taken, else the layout that lavish has of it.
     """
     path = Path(os.path.expanduser(name_or_path))
+    if not name_or_path.strip():
+        raise ConfigError("No model was named: give its folder, or a name or hub id of `lavish zoo`.")
     if os.path.exists(path):
+        if path.is_file() and path.name != "config.json":
+            layouts.detect(path)  # says what the file is, where it is nothing of a checkpoint
         folder = path if path.is_dir() else path.parent
         return layouts.read_config_json(folder), str(folder / "config.json"), folder
     hub_id, entry = resolve_model(name_or_path)

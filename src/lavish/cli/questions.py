@@ -17,7 +17,7 @@ from typing import Any
 
 from lavish.cli.dialogue import IMAGE_SUFFIXES, is_url
 from lavish.cli.run_record import RunRecord, difference
-from lavish.common.errors import DataError, did_you_mean
+from lavish.common.errors import DataError, did_you_mean, shown
 
 FIELDS = ("image", "question", "id")
 
@@ -52,7 +52,7 @@ def read_questions(source: str, question: str | None) -> list[Question]:
         found = _from_paths([Path(name) for name in names if os.path.isfile(name)], question, source)
     else:
         raise DataError(
-            f"{source}: no such file or folder. Give a folder of images, a glob in quotes, or a JSONL file."
+            f"{shown(source)}: no such file or folder. Give a folder of images, a glob in quotes, or a JSONL file."
         )
     if not found:
         raise DataError(f"{source}: no image found ({', '.join(IMAGE_SUFFIXES)}).")
@@ -171,10 +171,12 @@ class Answers:
         """
         if self.path is None or self._record is None:
             return
-        if self.path.is_dir():
+        if os.path.isdir(self.path):  # unlike Path's, it takes a name that is too long for absent
             raise DataError(f"{self.path}: a folder; --output is a file, such as {self.path / 'answers.jsonl'}.")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise DataError(f"{self.path}: cannot be written; a part of its folder's name is a file.") from error
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror or error}).") from error
         self._record.take()

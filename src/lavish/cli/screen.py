@@ -6,7 +6,9 @@ everything else goes to stderr. What a model writes never reaches a terminal as 
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lavish.cli.terminal import CONTROL, console, plain, say, say_error
@@ -103,6 +105,7 @@ class Terminal:
             output=create_output(always_prefer_tty=True),
         )
         self._label, self._status, self._has_begun = "", None, False
+        self._echo: Callable[[], None] = _nothing
         self._status: Status | None
 
     def read(self, prompt: str, *, wants_path: bool = False) -> str:
@@ -111,8 +114,8 @@ class Terminal:
         return session.prompt([("bold ansigreen", prompt)])
 
     def note(self, text: str) -> None:
-        """Print dimly."""
-        self._shown.print(plain(text), style="dim", markup=False)
+        """Print dimly; a list in two columns that is too wide gets its second column below the first."""
+        self._shown.print(fold_columns(plain(text), self._shown.width), style="dim", markup=False)
 
     def error(self, text: str) -> None:
         """Print in red."""
@@ -121,6 +124,7 @@ class Terminal:
     def begin(self, label: str, waiting: str) -> None:
         """Start the spinner."""
         self._label, self._has_begun = label, False
+        self._echo = _hide_control_keys()
         self._status = self._shown.status(waiting, spinner="dots", spinner_style="cyan")
         self._status.start()
 
@@ -136,6 +140,7 @@ class Terminal:
         """End the line, and print the note dimly."""
         if not self._has_begun:
             self._start_answer()
+        self._echo()
         sys.stdout.write("\n")
         sys.stdout.flush()
         if note:
@@ -148,6 +153,35 @@ class Terminal:
             self._status = None
         self._has_begun = True
         self._shown.print(plain(self._label), style="bold cyan", end="", markup=False)
+
+
+def fold_columns(text: str, width: int) -> str:
+    """Put what stands behind two spaces or more into a line of its own, where a line is wider than the terminal."""
+    from rich.cells import cell_len
+
+    if "\n" not in text or all(cell_len(line) <= width for line in text.split("\n")):
+        return text
+    return re.sub(r"(?m)^(\S.*?) {2,}(\S.*)$", r"\1\n    \2", text)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _hide_control_keys() -> Callable[[], None]:
+    """Keep the terminal from writing ^C into an answer; give what undoes it."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        return _nothing
+    try:
+        handle = sys.stdin.fileno()
+        before = termios.tcgetattr(handle)
+    except (OSError, ValueError, termios.error):  # no terminal
+        return _nothing
+    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
+    termios.tcsetattr(handle, termios.TCSADRAIN, quiet)
+    return lambda: termios.tcsetattr(handle, termios.TCSADRAIN, before)
 
 
 def _completer(commands: tuple[str, ...]) -> Any:
