@@ -34,6 +34,16 @@ def bytes_of(network) -> dict[str, int]:
     return {name: parameter.nbytes for name, parameter in network.named_parameters()}
 
 
+@torch.no_grad()
+def gathered(weight: torch.Tensor) -> torch.Tensor:
+    """Multiply 2 by the rows of a matrix, of which the last process has fewer than the others."""
+    part = weight.split(-(-len(weight) // dist.world_size()))[dist.rank()]
+    layer = parallel.GatheredLinear(1, len(part), bias=False)
+    layer.weight.copy_(part)
+    layer.num_features = len(weight)
+    return layer(torch.full((1, 1), 2.0))
+
+
 def run(family: str) -> tuple[dict, dict]:
     """Every prompt of the fixture alone, the left-padded batch, and conversations through the VLM."""
     data = golden(family)
@@ -57,6 +67,7 @@ def run(family: str) -> tuple[dict, dict]:
     told |= talk(vlm, data)
     half = lavish.load(checkpoint, device="cpu", dtype="bfloat16", parallel="tensor")
     told["bfloat16"] = half.chat(told["messages"], max_new_tokens=10).token_ids
+    tensors["uneven.output"] = gathered(torch.arange(10.0)[:, None])
     try:
         network.save_pretrained("never")
     except ConfigError as error:

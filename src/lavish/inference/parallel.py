@@ -43,13 +43,20 @@ class RowwiseLinear(nn.Linear):
 
 
 class GatheredLinear(nn.Linear):
-    """Some output features of a linear layer; every process gets those of all."""
+    """Some output features of a linear layer; every process gets those of all, `num_features`.
+
+    They need not divide: the last processes may hold fewer, and send padding for the rest.
+    """
+
+    num_features: int
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        part = super().forward(input).contiguous()
-        parts = [torch.empty_like(part) for _ in range(dist.world_size())]
+        size = dist.world_size()
+        share = -(-self.num_features // size)
+        part = F.pad(super().forward(input), (0, share - self.out_features)).contiguous()
+        parts = [torch.empty_like(part) for _ in range(size)]
         distributed.all_gather(parts, part)
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1)[..., : self.num_features]
 
 
 STYLES: dict[str, type[nn.Linear]] = {
@@ -147,21 +154,24 @@ def cut_network(network: nn.Module, plan: Mapping[str, str]) -> dict[str, Cut]:
     _check_sizes(network, layers, size)
     cuts: dict[str, Cut] = {}
     for name, style in layers.items():
-        whole = network.get_submodule(name)
+        whole: Any = network.get_submodule(name)
         owner, _, leaf = name.rpartition(".")
         attention = network.get_submodule(owner)
         dim = 1 if style == "rowwise" else 0
         if style == "colwise_heads":
             spans = head_spans(*_heads(attention), whole.weight.shape[0], rank, size)
         else:
-            share = whole.weight.shape[dim] // size
-            spans = ((rank * share, (rank + 1) * share),)
+            length = whole.weight.shape[dim]
+            share = -(-length // size)
+            spans = ((min(rank * share, length), min((rank + 1) * share, length)),)
         cuts[f"{name}.weight"] = Cut(dim, spans, tuple(whole.weight.shape))
         if whole.bias is not None and style != "rowwise":
             cuts[f"{name}.bias"] = Cut(0, spans, tuple(whole.bias.shape))
         features = [whole.in_features, whole.out_features]
         features[1 - dim] = sum(stop - start for start, stop in spans)
         layer = STYLES[style](*features, bias=whole.bias is not None, device="meta", dtype=whole.weight.dtype)
+        if isinstance(layer, GatheredLinear):
+            layer.num_features = whole.out_features
         setattr(attention, leaf, layer)
     for attention in {network.get_submodule(name.rpartition(".")[0]) for name in _fused(layers)}:
         _set_local_heads(attention, size)
@@ -239,7 +249,7 @@ def _check_sizes(network: nn.Module, layers: Mapping[str, str], size: int) -> No
 def _problem(network: nn.Module, layers: Mapping[str, str], size: int) -> str | None:
     """Say what does not divide among `size` processes, or None."""
     for name, style in layers.items():
-        layer = network.get_submodule(name)
+        layer: Any = network.get_submodule(name)
         if style == "colwise_heads":
             heads, kv_heads = _heads(network.get_submodule(name.rpartition(".")[0]))
             if heads % size:
@@ -248,6 +258,6 @@ def _problem(network: nn.Module, layers: Mapping[str, str], size: int) -> str | 
                 return f"the {kv_heads} key/value heads of {name!r} neither divide nor can be repeated evenly"
             continue
         features = layer.in_features if style == "rowwise" else layer.out_features
-        if features % size:  # pyright: ignore[reportOperatorIssue]
+        if features % size and style != "colwise_gather_output":
             return f"the {features} features of {name!r} do not divide"
     return None
