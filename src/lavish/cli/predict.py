@@ -75,7 +75,8 @@ def command(
 
     Each input becomes one line of --output, in order: id, image, question, answer, finish_reason, usage, model; boxes
     where they are read (phrase, boxes in thousandths, boxes_px); or error and error_type instead of the answer. A run
-    that was stopped or killed goes on where it was when it is started again. The exit status is 1 if an input failed.
+    that was stopped or killed goes on where it was when it is started again with the same options, which
+    stand beside the output in FILE.run.json. The exit status is 1 if an input failed.
     """
     many = _one_source(inputs, source)
     if many is not None and image is not None:
