@@ -166,7 +166,9 @@ def test_other_settings_than_before_are_told(tmp_path: Path, caplog: pytest.LogC
         train(recipe(tmp_path, "run.num_threads=1"), only="tower")
         assert not caplog.records
         train(recipe(tmp_path, "run.max_iters=3"), only="tower")
+        train(recipe(tmp_path, "task.dense_weight=0.2"), only="tower")
     assert "run.max_iters: 2 -> 3" in caplog.text
+    assert "task.dense_weight: 'not set' -> 0.2" in caplog.text
 
 
 # -- evaluation

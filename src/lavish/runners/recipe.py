@@ -224,11 +224,13 @@ def _warn_of_changes(config: DictConfig, folder: Path) -> None:
     if not path.exists():
         return
     before, now = _flat(configs.load_yaml(path)), _flat(config)
-    ignored = {f"run.{name}" for name in CHANGEABLE}
+    keys = [key for key in before | now if key.removeprefix("run.") not in CHANGEABLE]
     changed = [
-        f"{key}: {before[key]!r} -> {now[key]!r}"
-        for key in before
-        if key in now and before[key] != now[key] and key not in ignored
+        f"{key}: {before.get(key, 'not set')!r} -> {now.get(key, 'not set')!r}"
+        for key in keys
+        if before.get(key) != now.get(key)
+        # `run:` is saved with its defaults: a key that one side lacks is of another version of lavish.
+        and (not key.startswith("run.") or (key in before and key in now))
     ]
     if changed:
         logger.warning(
