@@ -117,6 +117,7 @@ def equal_row_blocks_would_be_wrong(run):
     assert (wrong - right).abs().max() > 100 * LOGITS_APART
 
 
+@pytest.mark.timeout(900)  # two minutes where ten programs share two cores
 @pytest.mark.parametrize(("name", "size"), [("cogvlm", 2), ("cogvlm2", 2), ("cogvlm2", 4)])
 def test_several_processes_give_what_one_gives(name, size, releases, tmp_path):
     """One test a run, so that pytest's workers do not start the processes again.
