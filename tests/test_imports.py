@@ -63,3 +63,9 @@ def test_modules_of_the_command_line_are_light(path: Path) -> None:
     name = "lavish.cli" if path.stem == "__init__" else f"lavish.cli.{path.stem}"
     found, _ = heavy_modules(f"import {name}", HEAVY)
     assert found == []
+
+
+def test_loading_imports_nothing_that_only_some_models_need() -> None:
+    unneeded = ["peft", "matplotlib", "omegaconf", "bitsandbytes", "datasets"]
+    found, _ = heavy_modules("import lavish.inference.load", unneeded)
+    assert found == []
