@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy_task import Numbers, ToyTask, config, runner, weights
 
-from lavish.common.errors import CheckpointError, ConfigError
+from lavish.common.errors import CheckpointError, ConfigError, TrainingError
 from lavish.runners import RunnerBase, RunnerIter
 
 PROGRAM = str(Path(__file__).with_name("toy_task.py"))
@@ -126,6 +126,24 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     toy.progress = lambda step, num_steps, values: norms.append(values["grad_norm"])
     toy.train()
     assert min(norms) > 1e-3  # what is logged is the norm before clipping
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(tmp_path: Path, value: float) -> None:
+    """At step 4 one sample is no number; the checkpoint of step 2 stays, and no weight has become NaN."""
+    toy = runner(config(tmp_path))
+    before = {}
+
+    def spoil(step: int, *_: object) -> None:
+        if step == 3:
+            before.update({name: weight.clone() for name, weight in toy.model.named_parameters()})
+            toy.dataset.points.fill_(value)  # type: ignore[attr-defined]
+
+    toy.progress = spoil
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf) at step 4 of 7: .*Lower the learning rate"):
+        toy.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in toy.model.named_parameters())
+    assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_2"]
 
 
 def test_order_depends_on_the_seed(tmp_path: Path) -> None:

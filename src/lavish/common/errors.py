@@ -11,6 +11,8 @@
     ├── PromptError (ValueError)            messages that cannot be made into a prompt, or a prompt that does not fit
     ├── MediaError (ValueError)             an image or video that cannot or must not be opened
     ├── DataError (ValueError)              a dataset file or sample that is wrong
+    ├── TrainingError (ArithmeticError)     a run that cannot go on: its loss or gradients are no numbers any more
+    ├── NumericsError (ArithmeticError)     a network whose output is no numbers: damaged weights, a dtype that overflows
     └── MissingDependency (ImportError)     an optional package that the call needs is not installed
 
 The command line prints the message alone and exits with 2; the server maps the class to a status. A message says what
@@ -66,6 +68,14 @@ class DataError(LavishError, ValueError):
     """A dataset file or a sample that is wrong."""
 
 
+class TrainingError(LavishError, ArithmeticError):
+    """A training run that cannot go on."""
+
+
+class NumericsError(LavishError, ArithmeticError):
+    """A network gave NaN or infinity."""
+
+
 class MissingDependency(LavishError, ImportError):
     """An optional package that the call needs is not installed."""
 
@@ -99,10 +109,10 @@ def _reason(error: ValueError | OSError) -> str:
     return str(error.strerror or error).lower() if isinstance(error, OSError) else str(error)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], *, nearness: float = 0.6) -> str:
     """Give ` Did you mean 'x'?` for the known name nearest to `name`, to append to a message, or an empty string.
 
-    Case, `-` and `_` count as equal.
+    Case, `-` and `_` count as equal. `nearness` is the least share of letters in common, from 0 to 1.
     """
     import difflib  # only a failing call pays for it
 
@@ -110,5 +120,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return text.casefold().replace("-", "_")
 
     by_folded = {fold(other): other for other in known}
-    nearest = difflib.get_close_matches(fold(name), list(by_folded), n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(fold(name), list(by_folded), n=1, cutoff=nearness)
     return f" Did you mean {by_folded[nearest[0]]!r}?" if nearest else ""

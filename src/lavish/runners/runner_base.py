@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lavish.common import dist
-from lavish.common.errors import CheckpointError, ConfigError
+from lavish.common.errors import CheckpointError, ConfigError, TrainingError
 from lavish.inference.placement import resolve_device
 from lavish.runners.optim import build_optimizer, lr_schedule
 from lavish.runners.run_folder import RunFolder
@@ -200,9 +200,21 @@ class RunnerBase:
         if self.run.max_grad_norm > 0:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
             sums["grad_norm"] = float(norm)
+        self._check_finite(sums)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return sums
+
+    def _check_finite(self, losses: dict[str, float]) -> None:
+        """Stop a run whose loss or gradients are no numbers any more, before weights or checkpoints take them over."""
+        for name in ("loss", "grad_norm"):
+            value = losses.get(name, 0.0)
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{self.folder.path}: {name} is {value} at step {self.step + 1} of {self.num_steps}: the run "
+                    "diverged. The last checkpoint before it is kept. Lower the learning rate, set run.max_grad_norm, "
+                    "or set run.amp=false, and start with another run.output_dir."
+                )
 
     def _add_up(self, sums: dict[str, float]) -> None:
         """Add up gradients and losses over the processes of the run."""
@@ -260,7 +272,6 @@ class RunnerBase:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "num_samples": self.num_samples,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "log_sums": sums,

@@ -14,7 +14,7 @@ _AT_LEAST_ONE = (
     "log_freq",
     "save_freq",
 )
-_NOT_NEGATIVE = ("min_lr", "warmup_steps", "weight_decay", "max_grad_norm", "num_workers", "num_threads")
+_NOT_NEGATIVE = ("min_lr", "warmup_steps", "weight_decay", "max_grad_norm", "num_workers", "num_threads", "seed")
 _POSITIVE = ("init_lr", "muon_lr")
 
 

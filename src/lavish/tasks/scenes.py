@@ -8,6 +8,7 @@ auxiliary loss. Scoring asks held-out questions through the same `lavish.load` a
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lavish.common import config as configs
-from lavish.common.errors import ConfigError, MissingKeys, ShapeMismatch, UnexpectedKeys
+from lavish.common.errors import ConfigError, MissingKeys, ShapeMismatch, UnexpectedKeys, did_you_mean
 from lavish.datasets.scenes.dataset import SceneDataset
-from lavish.datasets.scenes.questions import Question, ask
+from lavish.datasets.scenes.questions import TASK_WEIGHTS, Question, ask
 from lavish.datasets.scenes.score import score, summarise
 from lavish.datasets.scenes.tokenizer import (
     BOS_TOKEN_ID,
@@ -46,6 +47,7 @@ LEARNER_FILE, MODEL_FOLDER, ANSWERS_FILE = "learner.safetensors", "model", "answ
 TOWER_PARTS = ("heads.", "network.model.vision.patch_embedding.", "network.model.vision.transformer.")
 """What the tower stage trains; the decoder stage trains the rest."""
 TOKEN_IDS = {"bos_token_id": BOS_TOKEN_ID, "eos_token_id": EOS_TOKEN_ID, "pad_token_id": PAD_TOKEN_ID}
+MAX_PICTURE_SIZE = 4096  # pixels a side; a picture is drawn in memory
 MAX_ANSWER_TOKENS = 200  # the longest caption with boxes has about 130
 
 
@@ -67,6 +69,22 @@ class SceneTaskConfig:
     """Stage whose tower and dense heads to start from; none: new ones."""
     decoder_from: str = ""
     """Stage whose merge, projector and decoder to start from; none: new ones."""
+
+
+@dataclass
+class SceneConfig:
+    """The `datasets.scenes.scene:` section: what a drawn scene may hold."""
+
+    max_items: int = 4
+    """Most shapes of a scene."""
+    number_probability: float = 0.35
+    """Share of scenes that also show a number, 0..1."""
+
+    def __post_init__(self) -> None:
+        if self.max_items < 1:
+            raise ConfigError(f"max_items is {self.max_items}; it must be at least 1.")
+        if not 0 <= self.number_probability <= 1:
+            raise ConfigError(f"number_probability is {self.number_probability}; it must be from 0 to 1.")
 
 
 @dataclass
@@ -95,8 +113,8 @@ class SceneDataConfig:
     """Held-out questions of an evaluation."""
     questions_per_picture: int = 5
     """Questions about one held-out picture."""
-    scene: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `sample_scene`: max_items, number_probability."""
+    scene: SceneConfig = field(default_factory=SceneConfig)
+    """What a scene may hold."""
 
     def __post_init__(self) -> None:
         counts = ("num_samples", "num_conversations", "max_text_tokens", "max_turns", "num_questions")
@@ -105,6 +123,26 @@ class SceneDataConfig:
                 raise ConfigError(f"{name} is {vars(self)[name]}; it must be at least 1.")
         if not 0 <= self.follow_up_share < 1:
             raise ConfigError(f"follow_up_share is {self.follow_up_share}; it must be at least 0 and below 1.")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0.")
+        if wrong := [size for size in self.picture_sizes if not 1 <= size <= MAX_PICTURE_SIZE]:
+            raise ConfigError(f"picture_sizes holds {wrong[0]}; sides are from 1 to {MAX_PICTURE_SIZE} pixels.")
+        for name, weight in self.task_weights.items():
+            if name not in TASK_WEIGHTS:
+                tasks = ", ".join(TASK_WEIGHTS)
+                raise ConfigError(f"task_weights.{name} is no task.{did_you_mean(name, TASK_WEIGHTS)} Tasks: {tasks}.")
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"task_weights.{name} is {weight}; it must be a number, at least 0.")
+        if self.task_weights and not any(self.task_weights.values()):
+            raise ConfigError("task_weights are all 0; one task at least must be asked.")
+
+
+@dataclass
+class SceneSections:
+    """The `datasets:` section of a recipe: one data set."""
+
+    scenes: SceneDataConfig = field(default_factory=SceneDataConfig)
+    """The drawn scenes."""
 
 
 class ScenesTask(BaseTask):
@@ -112,8 +150,7 @@ class ScenesTask(BaseTask):
 
     def __init__(self, config: DictConfig):
         self.task = configs.check(config.get("task") or {}, SceneTaskConfig, "task")
-        data = (config.get("datasets") or {}).get("scenes") or {}
-        self.data = configs.check(data, SceneDataConfig, "datasets.scenes")
+        self.data = configs.check(config.get("datasets") or {}, SceneSections, "datasets").scenes
         self.seed = int(config.run.seed)
         self.stage_folder = Path(config.run.output_dir)
         self.config = config
@@ -144,6 +181,12 @@ class ScenesTask(BaseTask):
                 "The scenes task trains a CogVLM from nothing: it needs model.arch 'cogvlm' and the network's fields "
                 f"in model.config; found arch {model.get('arch')!r}, keys {', '.join(map(str, model)) or 'none'}."
             )
+        for name in model:
+            if name not in ("arch", "config"):
+                raise ConfigError(
+                    f"model.{name} has no meaning where a network is trained from nothing; the scenes task reads arch "
+                    f"and config.{did_you_mean(str(name), ('arch', 'config'))}"
+                )
         fields = cast(dict[str, Any], OmegaConf.to_container(model["config"], resolve=True))
         fields["vocab_size"] = build_tokenizer().get_vocab_size()
         # Given as overrides too, so that a name that is no field is an error; config.json files of others may have any.
@@ -206,7 +249,7 @@ class ScenesTask(BaseTask):
             follow_up_share=self.data.follow_up_share,
             max_turns=self.data.max_turns,
             **TOKEN_IDS,
-            scene=self.data.scene,
+            scene=vars(self.data.scene),
             picture_sizes=self.data.picture_sizes,
             length_penalty=self.data.length_penalty,
             task_weights=self.data.task_weights,
@@ -253,7 +296,7 @@ class ScenesTask(BaseTask):
         sizes = data.picture_sizes or [GRID]
         for index in range(-(-data.num_questions // data.questions_per_picture)):
             rng = np.random.default_rng([data.seed, index])
-            scene = sample_scene(rng, **data.scene)
+            scene = sample_scene(rng, **vars(data.scene))
             picture = draw(scene, sizes[index % len(sizes)])
             left = data.num_questions - index * data.questions_per_picture
             for question in ask(scene, rng, data.questions_per_picture)[:left]:
