@@ -59,9 +59,9 @@ def pack(network: nn.Module, *, min_bytes: int = MIN_BYTES) -> int:
     num_packed = 0
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) not in (nn.Linear, Linear) or uses[id(layer.weight)] > 1 or layer.weight.nbytes <= min_bytes:
+            if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, Linear):
                 continue
-            if can_pack(layer.weight):
+            if uses[id(layer.weight)] == 1 and layer.weight.nbytes > min_bytes and can_pack(layer.weight):
                 setattr(parent, name, PackedLinear.from_linear(layer))
                 num_packed += 1
     return num_packed

@@ -16,7 +16,7 @@ from transformers.cache_utils import StaticLayer
 
 from lavish.common.errors import PromptError
 from lavish.inference.steps import CogVLMSteps, Prompt
-from lavish.models.cogvlm.model import CogVLMForCausalLM
+from lavish.models.cogvlm.model import CogVLMForCausalLM, DecoderLayer
 
 _BLOCK_SLOTS = 64
 """The cache is made in whole blocks, since kernels read masks in aligned pieces."""
@@ -49,9 +49,10 @@ class StaticStep:
         # Made outside of inference mode: the compiled step writes to it, and may not write to inference tensors.
         slots = -(-capacity // _BLOCK_SLOTS) * _BLOCK_SLOTS
         self.cache = StaticCache(config=config, max_cache_len=slots)
+        first = cast(DecoderLayer, network.model.layers[0])
         self.cache.early_initialization(
             1,
-            network.model.layers[0].self_attn.num_key_value_heads,  # under tensor parallelism a share of the config's
+            first.self_attn.num_key_value_heads,  # under tensor parallelism a share of the config's
             config.head_dim,
             network.lm_head.weight.dtype,
             device,
