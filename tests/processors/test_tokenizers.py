@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from tokenizers.normalizers import NFC
 from transformers import PreTrainedTokenizerFast
 
 from lavish.common.errors import CheckpointError
 from lavish.datasets.scenes.tokenizer import save_tokenizer
-from lavish.processors.tokenizers import LLAMA3_SPECIAL_TOKENS, SentencePieceTokenizer, encode_plain, load_tokenizer
+from lavish.processors.tokenizers import (
+    LLAMA3_SPECIAL_TOKENS,
+    LLAMA3_SPLIT,
+    SentencePieceTokenizer,
+    encode_plain,
+    load_rank_file,
+    load_tokenizer,
+)
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 V1, V2 = FIXTURES / "cogvlm/open/checkpoint", FIXTURES / "cogvlm2/open/checkpoint"
@@ -200,3 +208,28 @@ def test_tokenizer_of_the_drawn_world(tmp_path):
         assert not {0, 1, 2} & set(ids)
         assert tokenizer.decode(ids) == text
     assert tokenizer.decode([1, *encode_plain(tokenizer, "🙂")[:2]], skip_special_tokens=True) == "�"
+
+
+GLM = FIXTURES / "glm4v/open/checkpoint"
+GLM_SPECIAL = {"<|endoftext|>": 500, "[MASK]": 501, "[gMASK]": 502, "[sMASK]": 503, "<sop>": 504}
+
+
+def test_rank_file_with_its_own_split_specials_normalizer_and_prefix(tmp_path):
+    shutil.copy(GLM / "tokenizer.model", tmp_path)
+    path = tmp_path / "tokenizer.model"
+    plain = load_rank_file(path, split_pattern=LLAMA3_SPLIT, special_tokens=GLM_SPECIAL, pad_token="<|endoftext|>")
+    assert (len(plain), plain.vocab_size, plain.pad_token_id) == (505, 500, 500)
+    assert plain("<sop>hello").input_ids == [504, 260, 108, 108, 111]
+    assert encode_plain(plain, "[gMASK]<sop>x") == [91, 103, 77, 65, 83, 75, 93, 60, 115, 111, 112, 62, 120]
+    split = load_rank_file(path, split_pattern=".", special_tokens=GLM_SPECIAL)
+    assert encode_plain(split, "hello") == [104, 101, 108, 108, 111]
+    prefixed = load_rank_file(
+        path, split_pattern=LLAMA3_SPLIT, special_tokens=GLM_SPECIAL, prefix=("[gMASK]", "<sop>"), normalizer=NFC()
+    )
+    assert prefixed("hello").input_ids == [502, 504, 260, 108, 108, 111]
+    assert encode_plain(prefixed, "e\u0301") == encode_plain(plain, "\u00e9") != encode_plain(plain, "e\u0301")
+
+
+def test_special_ids_that_do_not_follow_the_ranks():
+    with pytest.raises(CheckpointError, match=r"500 ranks, so the 2 special tokens have the ids 500 to 501; .*7 to 8"):
+        load_rank_file(GLM / "tokenizer.model", split_pattern=LLAMA3_SPLIT, special_tokens={"<a>": 7, "<b>": 8})

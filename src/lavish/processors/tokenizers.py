@@ -10,11 +10,12 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -145,46 +146,97 @@ def _from_tokenizer_json(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _from_tiktoken(path: Path, vocab_size: int | None) -> PreTrainedTokenizerBase:
+    num_ranks = len(_read_ranks(path))
+    special = _special_tokens(path.parent, num_ranks, vocab_size)
+    return load_rank_file(
+        path,
+        split_pattern=LLAMA3_SPLIT,
+        special_tokens={token: num_ranks + index for index, token in enumerate(special)},
+        prefix=special[:1],
+        bos_token=special[0],
+        eos_token=special[1],
+    )
+
+
+def load_rank_file(
+    path: str | Path,
+    *,
+    split_pattern: str,
+    special_tokens: Mapping[str, int],
+    normalizer: normalizers.Normalizer | None = None,
+    prefix: Sequence[str] = (),
+    tokenizer_class: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast,
+    **named: str,
+) -> PreTrainedTokenizerFast:
+    """Read a file of `base64 rank` lines (tiktoken's) as a transformers tokenizer.
+
+    Args:
+        path: the file; the names of special tokens in a tokenizer_config.json beside it come before `named`.
+        split_pattern: the regular expression that cuts text before byte pairs are joined; the file does not hold it.
+        special_tokens: id of each special token; they follow the ranks without a gap.
+        normalizer: what is done to text first (Qwen: NFC).
+        prefix: special tokens that `encode` puts in front; `encode_plain` never does.
+        tokenizer_class: what to make of it.
+        named: bos_token, eos_token, unk_token, pad_token.
+    Raises:
+        CheckpointError: a damaged file, or special ids that do not follow its ranks.
+    """
+    path = Path(path)
     ranks = _read_ranks(path)
+    special = sorted(special_tokens, key=special_tokens.__getitem__)
+    found = [special_tokens[token] for token in special]
+    if found != list(range(len(ranks), len(ranks) + len(special))):
+        raise CheckpointError(
+            f"{path}: {len(ranks)} ranks, so the {len(special)} special tokens have the ids {len(ranks)} to "
+            f"{len(ranks) + len(special) - 1}; they are given as {found[0]} to {found[-1]}. File and ids belong "
+            "to different models; fetch the tokenizer's files again."
+        )
     letters = bytes_to_unicode()
-    merges: list[tuple[bytes, bytes]] = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
-    model = BPE(
-        {spell(token): rank for token, rank in ranks.items()},
-        [(spell(left), spell(right)) for left, right in merges],
-        ignore_merges=True,
-    )
-    backend = Tokenizer(model)
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    merges = [(spell(left), spell(right)) for left, right in _merges(ranks)]
+    backend = Tokenizer(BPE(vocab, merges, ignore_merges=True))
+    if normalizer is not None:
+        backend.normalizer = normalizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(split_pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    special = _special_tokens(path.parent, len(ranks), vocab_size)
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{special[0]} $A", pair=f"{special[0]} $A {special[0]} $B", special_tokens=[(special[0], len(ranks))]
-    )
-    return _fast(path.parent, tokenizer_object=backend, bos_token=special[0], eos_token=special[1])
+    if prefix:
+        start = " ".join(prefix)
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A",
+            pair=f"{start} $A {start} $B",
+            special_tokens=[(token, special_tokens[token]) for token in prefix],
+        )
+    return _fast(path.parent, tokenizer_class, tokenizer_object=backend, **named)
 
 
-def _fast(folder: Path, **known: Any) -> PreTrainedTokenizerBase:
+def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """Give every pair that joins to a token, tokens by rank: tiktoken joins what has the lowest rank joined."""
+    for token in sorted(ranks, key=ranks.__getitem__):
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        yield from sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+
+def _fast(
+    folder: Path, tokenizer_class: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast, **known: Any
+) -> PreTrainedTokenizerFast:
     """Make the transformers tokenizer; the names of special tokens in tokenizer_config.json come before `known`."""
     config = read_optional_object(folder / "tokenizer_config.json")
     named = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     known.update({name: token for name, token in named.items() if token is not None})
     # Llama-3's file says clean_up_tokenization_spaces; it would delete spaces before punctuation, so decoding would not
     # be exact.
-    return PreTrainedTokenizerFast(clean_up_tokenization_spaces=False, **known)
+    return tokenizer_class(clean_up_tokenization_spaces=False, **known)
 
 
 def _content(token: Any) -> str | None:
