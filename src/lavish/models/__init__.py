@@ -6,12 +6,18 @@ add one `Family`; to add a released model, add one `ZooEntry` and its layout in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from lavish.common.errors import ConfigError, UnknownLayout, did_you_mean
+from lavish.checkpoints import hub
+from lavish.checkpoints.release import Release
+from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout, did_you_mean
+
+CAPABILITIES = ("chat", "stream", "batch", "caption", "answer", "embed")
+"""What a loaded model may be asked for, by the name of the method."""
 
 
 @dataclass(frozen=True)
@@ -24,21 +30,40 @@ class Family:
     architectures: tuple[str, ...]
     """What config.json says in released folders, which may have no `model_type`."""
     package: str
-    """Where the family's four files are: config, model, processor, weights."""
+    """Where the family's files are: config, model, processor, weights."""
     config: str
     model: str
     processor: str
+    has_manifest: bool = False
+    """True if the package has a `manifest.py` too, which predicts names and shapes without torch."""
+    needs: tuple[str, ...] = ()
+    """Fields without which a config.json is of another family that has the same names: GLM-4V's `vision_config`."""
+    marks: tuple[str, ...] = ()
+    """Patterns of files in a composite release (`weights.open_release`), any of which tells the family; a file that
+    matches by its name alone is one too."""
+    piece_marks: tuple[str, ...] = ()
+    """Names of pieces that only this family has: one of them as a keyword of `lavish.load` tells the family."""
+    key_marks: tuple[str, ...] = ()
+    """Beginnings of tensor names, any of which tells the family of a single `.pth` file."""
+    opener: str | None = None
+    """"module:function" that loads what is no chat network, (path, device, dtype, config) -> model; see
+    `inference/lavis_models.py`."""
+    capabilities: tuple[str, ...] = ("chat", "stream", "batch")
+    """What a loaded model of the family can do, of `CAPABILITIES`."""
 
     @property
     def config_class(self) -> Any:
+        """The config, a transformers `PreTrainedConfig`."""
         return self._get("config", self.config)
 
     @property
     def model_class(self) -> Any:
+        """The network, a transformers `PreTrainedModel`."""
         return self._get("model", self.model)
 
     @property
     def processor_class(self) -> Any:
+        """The processor."""
         return self._get("processor", self.processor)
 
     def read_config(self, fields: Mapping[str, Any], where: str, **overrides: Any) -> Any:
@@ -51,6 +76,29 @@ class Family:
             if isinstance(overrides.get(name), Mapping):
                 overrides[name] = _checked_nested(name, overrides[name], nested)
         return self._get("config", "read_config")(dict(fields), where, **overrides)
+
+    def check_version(self, config: Any, names: Container[str], where: str) -> None:
+        """Check that stored tensors are of the version that the config is read as, before they are compared one by one.
+
+        Raises:
+            CheckpointError: they are not; names the field that decides.
+        """
+        if self.has_manifest and (problem := self._get("manifest", "version_problem")(config.version, names)):
+            raise CheckpointError(f"{where}: {problem}")
+
+    @property
+    def is_composite(self) -> bool:
+        """True if releases come in pieces: `weights.PIECES` names them, `weights.open_release` puts them together."""
+        return bool(self.marks or self.piece_marks) and self.opener is None
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """Names of the pieces of a composite release."""
+        return self._get("weights", "PIECES") if self.is_composite else ()
+
+    def open_release(self, path: Path, pieces: Mapping[str, Path]) -> Release:
+        """Open a composite release; see `lavish.checkpoints.release`."""
+        return self._get("weights", "open_release")(path, pieces)
 
     @property
     def rules(self) -> Any:
@@ -100,6 +148,7 @@ FAMILIES: tuple[Family, ...] = (
         config="CogVLMConfig",
         model="CogVLMForCausalLM",
         processor="CogVLMProcessor",
+        has_manifest=True,
     ),
 )
 
@@ -232,8 +281,8 @@ def family(name: str) -> Family:
 
 
 def detect_family(config: Mapping[str, Any], where: str) -> Family:
-    """Give the family that a config.json belongs to, by `architectures` first: CogVLM's released files have no
-    `model_type`.
+    """Give the family that a config.json (`where` is its path) belongs to, by `architectures` first: CogVLM's released
+    files have no `model_type`.
 
     Raises:
         UnknownLayout: neither `architectures` nor `model_type` names a family of the table.
@@ -241,31 +290,36 @@ def detect_family(config: Mapping[str, Any], where: str) -> Family:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
         architectures = [architectures]
-    for row in FAMILIES:
-        if any(name in row.architectures for name in architectures):
-            return row
     model_type = config.get("model_type")
-    if not architectures:
-        for row in FAMILIES:
-            if model_type == row.model_type:
-                return row
+    for row in FAMILIES:
+        by_name = any(name in row.architectures for name in architectures)
+        if by_name or (not architectures and model_type == row.model_type):
+            if absent := [name for name in row.needs if not config.get(name)]:
+                raise UnknownLayout(
+                    f"{where} names {model_type or architectures[0]!r} and has no {absent[0]!r}: a text-only model of "
+                    f"that name, not {row.name!r}, which sees pictures. Text-only models load with transformers itself."
+                )
+            return row
     known = [name for row in FAMILIES for name in row.architectures]
     found = f"architectures {list(architectures)!r}, model_type {model_type!r}"
-    suggestion = did_you_mean(str(architectures[0]), known) if architectures else ""
+    # All architectures end alike, so only a slip of the pen is near.
+    suggestion = did_you_mean(str(architectures[0]), known, nearness=0.9) if architectures else ""
     raise UnknownLayout(
-        f"{where}: config.json names {found}, and lavish knows the architectures {', '.join(known)}.{suggestion} "
+        f"{where} names {found}, and lavish knows the architectures {', '.join(known)}.{suggestion} "
         "Other models load with transformers itself."
     )
 
 
 class ModelZoo(Mapping[str, ZooEntry]):
-    """The released models by name, also found by hub id; printed, it is a table."""
+    """The released models by name, also found by hub id (by any name of its owner); printed, it is a table."""
 
     def __getitem__(self, name: str) -> ZooEntry:
-        entry = _BY_NAME.get(name) or _BY_HUB_ID.get(name)
-        if entry is None:
-            raise KeyError(name)
-        return entry
+        if name in _BY_NAME:
+            return _BY_NAME[name]
+        for hub_id in hub.spellings(name):
+            if hub_id in _BY_HUB_ID:
+                return _BY_HUB_ID[hub_id]
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(_BY_NAME)
