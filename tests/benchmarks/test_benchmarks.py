@@ -103,7 +103,7 @@ def test_the_full_layout_has_the_released_size(run, share):
     nbytes = sum(tensor.nbytes for tensor in layout.state_dict().values())
     assert layout.lm_head.weight.is_meta
     assert (nbytes == 39_006_214_656) == (share == 1.0)
-    # facts/cogvlm.md: 117 TFLOP in the tower and 15.0 GB of weights a token
+    # By the shapes of THUDM/cogvlm2-llama3-chat-19B, config.json: 117 TFLOP in the tower and 15.0 GB of weights a token
     if share == 1.0:
         assert 110e12 < module.tower_flops(layout) < 125e12
         assert importlib.import_module("_networks").bytes_per_token(layout) == pytest.approx(15.0e9, rel=0.01)

@@ -100,6 +100,16 @@ def test_modelscope_says_what_to_install() -> None:
         hub.resolve("modelscope:org/name")
 
 
+def test_both_names_of_an_owner_are_one_repository(tmp_path: Path) -> None:
+    assert hub.spellings("THUDM/a@b") == ("THUDM/a@b", "zai-org/a@b")
+    assert hub.spellings("zai-org/a") == ("zai-org/a", "THUDM/a")
+    assert hub.spellings("org/a") == ("org/a",)
+    assert hub.spellings("THUDM") == ("THUDM",)
+    snapshot = prepare(tmp_path, "THUDM/model", ["config.json", "model.safetensors"])
+    found = resolve(tmp_path, "zai-org/model", "zai-org/model@main", "THUDM/model", HF_HUB_OFFLINE="1")
+    assert found == [str(snapshot)] * 3
+
+
 def test_a_prepared_cache_without_network(tmp_path: Path) -> None:
     whole = prepare(tmp_path, "org/name", ["config.json", "model.safetensors"])
     tagged = prepare(tmp_path, "org/name", ["config.json", "model.safetensors"], "f" * 40, "v1.0")

@@ -44,6 +44,17 @@ def test_what_is_no_layout_is_described(tmp_path: Path) -> None:
         layouts.detect(tmp_path / "absent")
 
 
+def test_the_folder_above_names_the_one_that_is_meant(tmp_path: Path) -> None:
+    for name in ("b-model", "a-model", "pictures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "b-model" / "config.json").touch()
+    with pytest.raises(UnknownLayout, match=r"its subfolder 'b-model' has a config\.json\. Give that: .*/b-model$"):
+        layouts.detect(tmp_path)
+    (tmp_path / "a-model" / "config.json").touch()
+    with pytest.raises(UnknownLayout, match=r"'a-model' has a config\.json \(so have 1 others\)"):
+        layouts.read_config_json(tmp_path)
+
+
 def test_torch_is_not_needed_to_look(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     script = (

@@ -39,7 +39,15 @@ def test_the_bundled_model(name: str | None) -> None:
 
 
 def test_other_hub_ids_pass() -> None:
-    assert resolve_model("zai-org/cogvlm2-llama3-chat-19B") == ("zai-org/cogvlm2-llama3-chat-19B", None)
+    assert resolve_model("org/cogvlm2-llama3-chat-19B") == ("org/cogvlm2-llama3-chat-19B", None)
+
+
+@pytest.mark.parametrize("owner", ["THUDM", "zai-org"])
+def test_both_names_of_the_owner_are_in_the_zoo(owner: str) -> None:
+    name, entry = resolve_model(f"{owner}/cogvlm-chat-hf@main")
+    assert name == f"{owner}/cogvlm-chat-hf@main"
+    assert entry is not None
+    assert entry.tokenizer == "lmsys/vicuna-7b-v1.5"
 
 
 def test_a_wrong_name_suggests() -> None:

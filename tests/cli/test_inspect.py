@@ -236,7 +236,7 @@ def test_a_config_that_lacks_a_size(checkpoint: Path, tmp_path: Path, capsys: py
     del config["vision_config"]["num_heads"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "vision_config: num_heads is absent" in capsys.readouterr().err
+    assert "vision_config.num_heads is absent" in capsys.readouterr().err
 
 
 def test_a_config_alone(checkpoint: Path, tmp_path: Path) -> None:
@@ -254,3 +254,25 @@ def test_a_hub_id_is_not_downloaded(capsys: pytest.CaptureFixture[str]) -> None:
     for path in ("/absent/model", "runs/a--b", "模型/a", "a/b/c", "~nobody/x"):
         assert main(["inspect", path]) == 2
         assert f"{path!r}: no such file or folder, and not a hub id" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("value", ["x", "0", "2000"])
+def test_a_wrong_value_of_set_is_not_the_files_fault(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "pocket", "--set", f"num_hidden_layers={value}"]) == 2
+    message = capsys.readouterr().err.replace("\n", " ")
+    assert "Give num_hidden_layers another value" in message
+    assert "config.json again" not in message
+
+
+def test_a_config_read_as_the_other_version_is_noted(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_multi_query_heads"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert any("is read as CogVLM v1" in note for note in look(str(folder)).notes)
+
+
+@pytest.mark.parametrize("owner", ["THUDM", "zai-org"])
+def test_both_names_of_the_owner_are_known(owner: str) -> None:
+    seen = look(f"{owner}/cogvlm2-llama3-chat-19B")
+    assert (seen.version, seen.sizes.vocab_size) == (2, 128256)

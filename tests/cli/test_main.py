@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -77,3 +79,11 @@ def test_zoo_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["licence"] and row["good_at"] and row["num_bytes"] for row in rows)
     bundled = [row["hub_id"] is None for row in rows]
     assert bundled == sorted(bundled, reverse=True), "the bundled model comes first"
+
+
+def test_python_m_lavish() -> None:
+    run = subprocess.run([sys.executable, "-m", "lavish", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("lavish ")
+    wrong = subprocess.run([sys.executable, "-m", "lavish", "evaluate", "x" * 5000], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert len(wrong.stderr) < 400

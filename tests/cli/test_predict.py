@@ -126,6 +126,28 @@ def test_what_cannot_be_is_said_with_words(
     assert message in capsys.readouterr().err
 
 
+def test_where_a_model_should_stand_and_pictures_do(
+    tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, lines = tmp_path / "photos", tmp_path / "in.jsonl"
+    photos.mkdir()
+    (photos / "A.PNG").write_bytes(picture.read_bytes())
+    lines.write_text("{}")
+    for place, hint in ((photos, "--input"), (lines, "--input"), (picture, "--image")):
+        assert main(["predict", str(place), "--prompt", "What?"]) == 2
+        assert f"Write lavish predict {hint} {place}" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_image_is_opened_before_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "org/nowhere", "--image", "/nowhere/a.png", "--prompt", "What?"]) == 2
+    assert "/nowhere/a.png" in capsys.readouterr().err
+
+
+def test_two_images_are_refused_before_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "org/nowhere", "--image", "a.png", "--image", "b.png", "--prompt", "What?"]) == 2
+    assert "--image was given 2 times ('a.png', 'b.png')" in capsys.readouterr().err
+
+
 def test_a_killed_run_goes_on_and_asks_each_input_once(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,7 +166,8 @@ def test_a_killed_run_goes_on_and_asks_each_input_once(
     finally:
         process.kill()
         process.wait()
-    num_before = output.read_bytes().count(b"\n")
+    written = output.read_bytes()
+    num_before = written.count(b"\n")
     assert num_before < count
     with output.open("ab") as file:
         file.write(b'{"id": "q399", "ans')
@@ -152,6 +175,7 @@ def test_a_killed_run_goes_on_and_asks_each_input_once(
     printed = capsys.readouterr().err
     assert f"{num_before} of {count} are in {output} already" in printed
     assert "torn" in printed
+    assert output.read_bytes().startswith(written[: written.rfind(b"\n") + 1]), "what was answered is not asked again"
     rows = read_rows(output)
     assert [row["id"] for row in rows] == [f"q{n}" for n in range(count)]
     assert all(row["answer"] is not None for row in rows)

@@ -73,6 +73,13 @@ def test_wrong_lines_are_problems_of_their_own(tmp_path: Path) -> None:
     assert problems[4] == ""
 
 
+def test_an_empty_object_is_said_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{}\n{"questoin": "?"}\n')
+    empty, mistyped = (item.problem for item in read_questions(str(tmp_path / "in.jsonl"), None))
+    assert empty == "in.jsonl, line 1: no question; the line is empty."
+    assert mistyped == "in.jsonl, line 2: no question; the line has 'questoin'. Did you mean 'question'?"
+
+
 def test_a_broken_line_takes_no_id_of_another(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", {"id": 1, "question": "?"}, {"id": 3, "question": "?"}, "{torn", "{torn")
     assert [item.id for item in read_questions(str(path), None)] == [1, 3, "line 3", 4]

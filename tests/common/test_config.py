@@ -229,6 +229,13 @@ def test_a_file_that_is_no_config_says_so(tmp_path: Path, content: str | bytes, 
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 200 + ".yaml"])
+def test_a_long_name_makes_no_long_message(name: str) -> None:
+    with pytest.raises(ConfigError, match="config file") as error:
+        load_yaml(name)
+    assert len(str(error.value)) < 300
+
+
 def test_an_absent_file_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such config file"):
         load_yaml(tmp_path / "none.yaml")

@@ -236,6 +236,17 @@ def test_a_config_without_a_size_is_not_guessed(folder, name):
         lavish.load(folder)
 
 
+def test_a_config_of_the_other_version_names_the_field_that_decides(folder, release):
+    if release.name == "cogvlm2":
+        edit_config(folder, drop=["num_multi_query_heads"])
+        expected = "no num_multi_query_heads and is read as CogVLM v1, but .* is CogVLM2's"
+    else:
+        edit_config(folder, num_multi_query_heads=4)
+        expected = "read as CogVLM2, but .* absent"
+    with pytest.raises(CheckpointError, match=expected):
+        lavish.load(folder)
+
+
 def test_a_missing_shard(folder):
     gone = sorted(folder.glob("*.safetensors"))[1]
     gone.unlink()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lavish
-from lavish.common.errors import ConfigError, LavishError, PromptError, shown
+from lavish.common.errors import ConfigError, LavishError, NumericsError, PromptError, shown
 from lavish.inference.options import parse_options, read_sampling_defaults
 
 HUGE = 10**5000
@@ -133,8 +133,10 @@ def test_batch_takes_any_row_of_conversations_and_none(v2):
         vlm.batch({"a": HELLO})
 
 
-@pytest.mark.parametrize("option", ["temperature", "repetition_penalty"])
-@pytest.mark.parametrize("value", [2**70, 1e300, 1e-300, 1e-45])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("temperature", 100), ("temperature", 1e-300), ("repetition_penalty", 100), ("repetition_penalty", 0.01)],
+)
 def test_numbers_at_the_edge_are_numbers(v2, option, value):
     assert v2.vlm().chat(HELLO, do_sample=True, seed=1, max_new_tokens=2, **{option: value}).token_ids
 
@@ -264,3 +266,40 @@ def test_a_temperature_of_zero_is_no_default_of_a_draw():
     assert read_sampling_defaults({"temperature": 0.0, "top_p": 0.5, "top_k": None, "other": "x"}, "file") == {
         "top_p": 0.5
     }
+
+
+@pytest.mark.parametrize("generation", [{}, {"temperature": 0.8, "seed": 1}], ids=["greedy", "drawn"])
+def test_damaged_weights_are_told(v2, tmp_path, generation):
+    vlm = lavish.load(v2.folder)
+    with torch.no_grad():
+        vlm.model.model.layers[1].mlp.language_mlp.down_proj.weight[0, 0] = torch.nan
+    for ask in (vlm.chat, lambda messages, **options: list(vlm.stream(messages, **options))):
+        with pytest.raises(NumericsError, match=r"^VLM\(.*float32.*NaN or infinity"):
+            ask(HELLO, max_new_tokens=3, **generation)
+    with pytest.raises(NumericsError, match="weights are damaged"):
+        vlm.batch([HELLO, HELLO], max_new_tokens=3, **generation)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": "x"}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "num_multi_query_heads"),
+        ({"vision_config.num_heads": 0}, "vision_config.num_heads"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+    ],
+    ids=name_of,
+)
+def test_the_fault_of_an_override_is_not_the_files(v2, overrides, name):
+    with pytest.raises(ConfigError, match=f"Give {name} another value") as error:
+        lavish.build(v2.folder, **overrides)
+    assert "Correct the config.json" not in str(error.value)
+
+
+def test_the_fault_of_a_file_is_the_files(v2, tmp_path):
+    fields = json.loads((v2.folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": 0}))
+    with pytest.raises(ConfigError, match=r"num_hidden_layers is 0 .* Correct the config\.json"):
+        lavish.build(tmp_path, vocab_size=500)

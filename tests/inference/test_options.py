@@ -52,7 +52,13 @@ def test_an_unknown_option_suggests_the_nearest():
         ({"top_p": 0}, "above 0"),
         ({"top_p": 1.5}, "at most 1"),
         ({"top_k": -1}, "at least 0"),
-        ({"repetition_penalty": 0}, "above 0"),
+        ({"repetition_penalty": 0}, "from 0.01 to 100"),
+        ({"repetition_penalty": 1e30}, "from 0.01 to 100"),
+        ({"repetition_penalty": float("inf")}, "finite, not inf"),
+        ({"temperature": float("inf")}, "finite, not inf"),
+        ({"temperature": 101}, "from 0 to 100, not 101"),
+        ({"top_p": float("-inf")}, "finite, not -inf"),
+        ({"template": "vqa"}, "in Python it is chat_template, .* Write chat_template='vqa'"),
         ({"do_sample": "yes"}, "True, False or None"),
         ({"stop": [""]}, "none of them empty"),
         ({"stop": 5}, "a text or a list"),
@@ -60,7 +66,7 @@ def test_an_unknown_option_suggests_the_nearest():
         ({"max_length": 10, "max_new_tokens": 10}, "not both"),
         ({"do_sample": True, "temperature": 0}, "no meaning"),
         ({"seed": 2**64}, r"below 2\*\*64"),
-        ({"temperature": 10**400}, "beyond all floats"),
+        ({"temperature": 10**400}, "temperature must be a number that is finite, not 1000"),
     ],
 )
 def test_wrong_values_are_refused(given, message):

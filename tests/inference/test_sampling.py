@@ -9,8 +9,9 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from lavish.common.errors import NumericsError
 from lavish.inference.options import parse_options
-from lavish.inference.sampling import Sampler, keep_top_k, keep_top_p, penalise_repetition
+from lavish.inference.sampling import Sampler, keep_top_k, keep_top_p, likeliest, penalise_repetition
 
 
 @pytest.fixture
@@ -82,3 +83,32 @@ def test_a_token_without_probability_is_never_drawn():
     logits[4] = 0.0
     sampler = Sampler(parse_options({"temperature": 1.0, "seed": 0}), [])
     assert {sampler(logits) for _ in range(100)} == {4}
+
+
+WRONG = {"nan": torch.nan, "inf": torch.inf}
+
+
+@pytest.mark.parametrize("wrong", ["nan", "inf", "nothing"])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"repetition_penalty": 1.2}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5}, {"top_p": 0.5}],
+    ids=str,
+)
+def test_logits_that_are_no_numbers_are_an_error(logits, given, wrong):
+    """A network with broken weights answered '!!!', the token 0, without a word."""
+    if wrong == "nothing":
+        logits.fill_(-torch.inf)
+    else:
+        logits[17] = WRONG[wrong]
+    with pytest.raises(NumericsError, match=r"NaN or infinity.*lavish inspect.*bfloat16.*float32"):
+        Sampler(parse_options({**given, "seed": 0} if given else {}), [3])(logits)
+
+
+def test_one_row_of_a_batch_that_is_no_number(logits):
+    rows = torch.stack([logits, logits])
+    assert likeliest(rows) == rows.argmax(-1).tolist()
+    rows[1, 3] = -torch.inf  # a token that cannot be is no fault
+    assert likeliest(rows) == rows.argmax(-1).tolist()
+    rows[1, 3] = torch.nan
+    with pytest.raises(NumericsError):
+        likeliest(rows)

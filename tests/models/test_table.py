@@ -19,12 +19,22 @@ def test_families_are_found_by_architecture_first():
     assert detect_family({"architectures": ["CogVLMForCausalLM"]}, "x").name == "cogvlm"
     assert detect_family({"model_type": "cogvlm"}, "x").name == "cogvlm"
     for config in ({"architectures": ["CogVLMVideoForCausalLM"], "model_type": "cogvlm"}, {"model_type": "llama"}, {}):
-        with pytest.raises(UnknownLayout, match=r"some/folder: config\.json names"):
-            detect_family(config, "some/folder")
+        with pytest.raises(UnknownLayout, match=r"^some/config\.json names"):
+            detect_family(config, "some/config.json")
     assert detect_family({"architectures": "CogVLMForCausalLM"}, "x").name == "cogvlm"
     for odd in (5, [None], {"a": 1}):
-        with pytest.raises(UnknownLayout, match=r"some/folder: config\.json names"):
-            detect_family({"architectures": odd}, "some/folder")
+        with pytest.raises(UnknownLayout, match=r"^some/config\.json names"):
+            detect_family({"architectures": odd}, "some/config.json")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_near"),
+    [("CogVLM2ForCausalLM", True), ("CogVLMForCausalML", True), ("LlamaForCausalLM", False), ("x", False)],
+)
+def test_only_near_architectures_are_suggested(architecture, is_near):
+    with pytest.raises(UnknownLayout) as error:
+        detect_family({"architectures": [architecture]}, "config.json")
+    assert ("Did you mean 'CogVLMForCausalLM'?" in str(error.value)) == is_near
 
 
 def test_names_suggest():
@@ -35,6 +45,8 @@ def test_names_suggest():
 
 def test_the_zoo_is_a_mapping_by_name_and_hub_id():
     assert model_zoo["cogvlm2-llama3-chat-19B"] is model_zoo["THUDM/cogvlm2-llama3-chat-19B"]
+    assert model_zoo["cogvlm2-llama3-chat-19B"] is model_zoo["zai-org/cogvlm2-llama3-chat-19B"]
+    assert "someone/cogvlm2-llama3-chat-19B" not in model_zoo
     assert len(model_zoo) == len(list(model_zoo)) >= 7
     assert "no-such-model" not in model_zoo
     for entry in model_zoo.values():

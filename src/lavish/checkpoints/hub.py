@@ -21,6 +21,10 @@ PICKLE_FILES = ["pytorch_model*.bin", "adapter_model*.bin"]
 NEVER_FETCHED = ["*.py", "*/*"]
 """Code, and folders beside the weights (other formats, training states)."""
 
+RENAMED_OWNERS = {"THUDM": "zai-org"}
+"""Owners that were renamed on Hugging Face, old name to new. The hub forwards the old one; a cache keeps the one that
+was asked for."""
+
 _NAME = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _ID = re.compile(rf"(?=.{{1,96}}\Z)(?!.*(--|\.\.|\.git\Z)){_NAME}/{_NAME}")
 """As the hub's client checks it: what is not of this form would be an error of the client's."""
@@ -29,6 +33,24 @@ _ID = re.compile(rf"(?=.{{1,96}}\Z)(?!.*(--|\.\.|\.git\Z)){_NAME}/{_NAME}")
 def is_id(name: str) -> bool:
     """Tell whether a name can be that of a repository: `org/name[@revision]`, on whichever hub."""
     return _ID.fullmatch(name.removeprefix(MODELSCOPE).partition("@")[0]) is not None
+
+
+def spellings(repo_id: str) -> tuple[str, ...]:
+    """Give a Hugging Face id (with its revision, if it has one) as it is, then with the other name of its owner."""
+    owner, slash, rest = repo_id.partition("/")
+    both = {**RENAMED_OWNERS, **{new: old for old, new in RENAMED_OWNERS.items()}}
+    return (repo_id, f"{both[owner]}/{rest}") if slash and owner in both else (repo_id,)
+
+
+def cached_config(repo_id: str, revision: str | None = None) -> tuple[str, Path] | None:
+    """Give the spelling of an id and the config.json under which the local cache holds it, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in spellings(repo_id):
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(found, str):
+            return name, Path(found)
+    return None
 
 
 def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
@@ -81,6 +103,9 @@ def _from_hugging_face(repo_id: str, revision: str | None) -> Path:
         return snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=NEVER_FETCHED)
 
     asked = f"{repo_id}@{revision}" if revision else repo_id
+    cached = cached_config(repo_id, revision)
+    if cached is not None:
+        repo_id = cached[0]  # fetched under the owner's other name: not 39 GB once more
     try:
         return _fetch(snapshot)
     except GatedRepoError as error:

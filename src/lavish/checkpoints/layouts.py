@@ -31,6 +31,13 @@ def detect(path: str | Path) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     if "config.json" in names or any(name in names for name in WEIGHT_FILES):
         return "hf"
+    inside = [name for name in names if (path / name / "config.json").is_file()]
+    if inside:
+        others = f" (so have {len(inside) - 1} others)" if len(inside) > 1 else ""
+        raise UnknownLayout(
+            f"{path}: no checkpoint itself, but its subfolder {inside[0]!r} has a config.json{others}. Give that: "
+            f"{path / inside[0]}"
+        )
     found = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}" if names else "nothing"
     raise UnknownLayout(f"{path}: a folder of no layout that lavish knows; found {found}. It reads {READABLE}.")
 

@@ -58,10 +58,12 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """Elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the elements, not of what a stride leaves out."""
         return self.numel * ITEM_BYTES[self.dtype]
 
     @property

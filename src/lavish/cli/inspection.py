@@ -47,6 +47,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes of all terms."""
         return sum(self.terms.values())
 
 
@@ -75,10 +76,12 @@ class Inspection:
 
     @property
     def num_parameters(self) -> int:
+        """Elements of all tensors."""
         return sum(part.num_parameters for part in self.parts)
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(part.num_bytes for part in self.parts)
 
     @property
@@ -118,6 +121,7 @@ def look(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Inspe
     sizes = manifest.read_sizes(fields, where, overrides)
     expected = {tensor.name: tensor for tensor in _saved(manifest.tensors(sizes), fields)}
     stored = _read_headers(folder) if folder is not None and not overrides else None
+    problem = None if stored is None else manifest.version_problem(sizes.version, stored)
     kind = str(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     infos = _as_infos(expected, kind if kind in ITEM_BYTES else "bfloat16") if stored is None else stored.infos
     dtypes: Counter[str] = Counter()
@@ -142,8 +146,8 @@ def look(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Inspe
             for name, info in infos.items()
             if name in expected and info.shape != expected[name].shape
         ],
-        memory=_memory(sizes, list(expected.values()), infos),
-        notes=_notes(folder, stored, overrides),
+        memory=_memory(sizes, list(expected.values())),
+        notes=[*_notes(folder, stored, overrides), *([problem] if problem else [])],
     )
 
 
@@ -194,11 +198,9 @@ def _cached(hub_id: str) -> Path | None:
     """Give the folder of a hub id in the local cache, if it holds a config."""
     if ":" in hub_id:
         return None
-    from huggingface_hub import try_to_load_from_cache
-
     repo_id, _, revision = hub_id.partition("@")
-    found = try_to_load_from_cache(repo_id, "config.json", revision=revision or None)
-    return Path(found).parent if isinstance(found, str) else None
+    found = hub.cached_config(repo_id, revision or None)
+    return None if found is None else found[1].parent
 
 
 def _read_headers(folder: Path) -> TensorMap | None:
@@ -251,7 +253,7 @@ FORMULA = (
 DECODER_LINEARS = ("model.layers.*.*.*.weight", "model.layers.*.*.*.*.weight")
 
 
-def _memory(sizes: Any, tensors: list[Any], infos: Mapping[str, TensorInfo]) -> list[Memory]:
+def _memory(sizes: Any, tensors: list[Any]) -> list[Memory]:
     """Estimate the memory of inference (one image, the context full) and of LoRA training at batch 1."""
     cache = 4 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim * sizes.max_position_embeddings
     tower = sizes.num_patches * (4 * sizes.vision["hidden_size"] + 2 * sizes.vision["intermediate_size"]) * 2

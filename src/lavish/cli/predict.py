@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import typer
 
 from lavish.cli import options
 from lavish.cli.terminal import CONTROL, Progress, console, human_seconds, say, say_error
-from lavish.common.errors import ConfigError, DataError, LavishError, MediaError
+from lavish.common.errors import ConfigError, DataError, LavishError, MediaError, PromptError, shown
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -30,7 +31,9 @@ def command(
     inputs: Annotated[
         str | None, typer.Argument(metavar="INPUT", show_default=False, help="The same as --input.")
     ] = None,
-    image: Annotated[str | None, typer.Option("--image", "-i", metavar="FILE", help="One image: path or URL.")] = None,
+    images: Annotated[
+        list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="One image: path or URL.")
+    ] = None,
     question: Annotated[
         str | None,
         typer.Option(
@@ -78,7 +81,9 @@ def command(
     that was stopped or killed goes on where it was when it is started again with the same options, which
     stand beside the output in FILE.run.json. The exit status is 1 if an input failed.
     """
+    image = _one_image(images)
     many = _one_source(inputs, source)
+    _check_model(model)
     if many is not None and image is not None:
         raise ConfigError("--image is one image and --input are many; give one of them.")
     if many is None and image is None and question is None:
@@ -130,6 +135,37 @@ def _one_source(inputs: str | None, source: str | None) -> str | None:
     if inputs is not None and source is not None and inputs != source:
         raise ConfigError(f"INPUT {inputs} and --input {source} contradict each other; give one.")
     return inputs or source
+
+
+def _one_image(images: list[str] | None) -> str | None:
+    if images and len(images) > 1:
+        raise PromptError(
+            f"--image was given {len(images)} times ({', '.join(map(shown, images[:3]))}), and these models see one "
+            "image in a question. To ask the same about each: --input with a folder or a glob in quotes."
+        )
+    return images[0] if images else None
+
+
+def _check_model(model: str | None) -> None:
+    """Find a folder of pictures, a picture or a JSONL that stands where MODEL does."""
+    from lavish.cli.dialogue import IMAGE_SUFFIXES
+
+    path = Path(os.path.expanduser(model or ""))
+    if model is None or not os.path.exists(path):
+        return
+    names = sorted(os.listdir(path)) if path.is_dir() else []
+    if "config.json" in names or "adapter_config.json" in names:
+        return
+    pictures = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    if pictures:
+        what, option = f"a folder with pictures ({pictures[0]}) and no model", "--input"
+    elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        what, option = "a picture and no model", "--image"
+    elif path.suffix.lower() == ".jsonl" and path.is_file():
+        what, option = "a file of questions and no model", "--input"
+    else:
+        return
+    raise ConfigError(f"{model}: {what}. Write lavish predict {option} {model}; MODEL may be left out or come first.")
 
 
 def _ask_one(

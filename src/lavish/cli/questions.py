@@ -125,7 +125,8 @@ def _from_line(path: Path, number: int, key: str | int, fields: dict[str, Any] |
         problem = f"field {mistyped[0]!r} is not read; call it 'image', or say \"image\": null where there is none"
     if not isinstance(asked, str):
         hint = "".join(did_you_mean(name, FIELDS) for name in fields if name not in FIELDS)
-        problem, asked = f"no question; the line has {', '.join(map(repr, fields))}.{hint}", ""
+        has = f"has {', '.join(shown(name) for name in fields)}" if fields else "is empty"
+        problem, asked = f"no question; the line {has}.{hint}", ""
     if image is not None and not is_url(image) and not image.startswith("data:"):
         image = _place(image, path.parent)
     return Question(key, image, asked, problem and f"{path.name}, line {number}: {problem}")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich import progress
     from rich.console import Console
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -86,34 +87,39 @@ def human_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def progress_bar(*between: str, left: str = "") -> progress.Progress | None:
+    """Give a bar on stderr for tasks with these columns of text between count and time, or None without a terminal.
+
+    Columns are in rich's markup; `left` is that of the time left, which is rich's own estimate where it is empty.
+    """
+    from rich import progress
+
+    shown = console(stderr=True)
+    if not shown.is_terminal:
+        return None
+    return progress.Progress(
+        progress.TextColumn("{task.description}", style="bold"),
+        progress.BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+        progress.MofNCompleteColumn(),
+        *(progress.TextColumn(column) for column in between),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left", style="dim"),
+        progress.TextColumn(left) if left else progress.TimeRemainingColumn(compact=True),
+        console=shown,
+        expand=True,
+    )
+
+
 class Progress:
     """How far a run is, with the time that is left: a bar on a terminal, elsewhere a line every ten seconds."""
 
     HEARTBEAT_S = 10.0
 
     def __init__(self, total: int, done: int = 0, title: str = "predict"):
-        from rich import progress
-
         self.total, self.done, self.failed, self._first = total, done, 0, done
         self._started_s = self._spoken_s = time.monotonic()
         self._title = title
-        shown = console(stderr=True)
-        self._bar = (
-            progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[speed]}", style="dim"),
-                progress.TextColumn("[red]{task.fields[failed]}"),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("left", style="dim"),
-                progress.TimeRemainingColumn(compact=True),
-                console=shown,
-                expand=True,
-            )
-            if shown.is_terminal
-            else None
-        )
+        self._bar = progress_bar("[dim]{task.fields[speed]}", "[red]{task.fields[failed]}")
         if self._bar:
             self._task = self._bar.add_task(title, total=total, completed=done, speed="", failed="")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lavish.cli import options
-from lavish.cli.terminal import console, human_seconds, say
+from lavish.cli.terminal import console, human_seconds, progress_bar, say
 from lavish.common.schema import field_help
 from lavish.runners.schema import RunConfig
 
@@ -70,25 +70,9 @@ class Screen:
     """What one sees of a training: a bar on a terminal, elsewhere a line every ten seconds; all on stderr."""
 
     def __init__(self) -> None:
-        from rich import progress
-
-        shown = console(stderr=True)
         self.costs: dict[str, Cost] = {}
         self._spoken_s = 0.0
-        self._bar: progress.Progress | None = None
-        if shown.is_terminal:
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}", style="bold"),
-                progress.BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[losses]}"),
-                progress.TextColumn("{task.fields[speed]}", style="dim"),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("left", style="dim"),
-                progress.TextColumn("{task.fields[left]}"),
-                console=shown,
-                expand=True,
-            )
+        self._bar = progress_bar("{task.fields[losses]}", "[dim]{task.fields[speed]}", left="{task.fields[left]}")
 
     def __enter__(self) -> Screen:
         if self._bar:

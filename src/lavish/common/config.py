@@ -15,7 +15,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lavish.common.errors import ConfigError, did_you_mean
+from lavish.common.errors import ConfigError, did_you_mean, shown
 from lavish.common.registry import Registry, registry
 from lavish.common.schema import FieldHelp, field_help, help_text, instantiate
 
@@ -55,9 +55,10 @@ def load_yaml(path: str | Path) -> "DictConfig":
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such config file (looked in {Path.cwd()}).") from error
+        raise ConfigError(f"{shown(str(path))}: no such config file (looked in {Path.cwd()}).") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the config file cannot be read: {error}.") from error
+        why = getattr(error, "strerror", None) or error  # an OSError's own text holds the whole path again
+        raise ConfigError(f"{shown(str(path))}: the config file cannot be read: {why}.") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path}: not a YAML file that lavish can read: {error}") from error
     if not isinstance(loaded, DictConfig):

@@ -12,7 +12,7 @@
     ├── MediaError (ValueError)             an image or video that cannot or must not be opened
     ├── DataError (ValueError)              a dataset file or sample that is wrong
     ├── TrainingError (ArithmeticError)     a run that cannot go on: its loss or gradients are no numbers any more
-    ├── NumericsError (ArithmeticError)     a network whose output is no numbers: damaged weights, a dtype that overflows
+    ├── NumericsError (ArithmeticError)     a network that gives NaN: damaged weights, or a dtype that overflows
     └── MissingDependency (ImportError)     an optional package that the call needs is not installed
 
 The command line prints the message alone and exits with 2; the server maps the class to a status. A message says what

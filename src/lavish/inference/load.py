@@ -203,13 +203,15 @@ class _Release:
 
 def _open(folder: Path, overrides: dict[str, Any], pieces: Mapping[str, Any]) -> _Release:
     config_dict = read_config_json(folder)
-    family = table.detect_family(config_dict, str(folder))
+    family = table.detect_family(config_dict, str(folder / "config.json"))
     _refuse_pieces(pieces, family.name)
     config = family.read_config(config_dict, str(folder / "config.json"), **overrides)
     answering = folder / "generation_config.json"
     generation_config = read_optional_object(answering)
     sampling_defaults = read_sampling_defaults(generation_config, str(answering))
-    return _Release(folder, config_dict, family, config, hf.read(folder), generation_config, sampling_defaults)
+    tensors = hf.read(folder)
+    family.check_version(config, tensors, str(folder))
+    return _Release(folder, config_dict, family, config, tensors, generation_config, sampling_defaults)
 
 
 def _refuse_pieces(pieces: Mapping[str, Any], family: str) -> None:

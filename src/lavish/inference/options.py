@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,6 +9,10 @@ from typing import Any
 
 from lavish.common.errors import ConfigError, PromptError, did_you_mean, shown
 
+MAX_TEMPERATURE = 100.0
+"""At 100 all words are nearly equally likely already."""
+PENALTIES = (0.01, 100.0)
+"""What a repetition penalty may be; released demos use 1.0 to 1.2."""
 DEFAULT_MAX_NEW_TOKENS = 2048
 """Released demos of both versions allow 2048; fewer where the context has no more room."""
 
@@ -31,13 +34,13 @@ class GenerationOptions:
     do_sample: bool | None = None
     """True draws, False is greedy; default: draw if a temperature above 0 or top_p is given."""
     temperature: float | None = None
-    """Divides the logits; 0 is greedy. Default 1 where sampling is on."""
+    """Divides the logits, from 0 (greedy) to 100. Default 1 where sampling is on."""
     top_p: float | None = None
     """Keep the most probable tokens up to this probability, in (0, 1]."""
     top_k: int | None = None
     """Keep this many tokens; 1 is greedy, 0 or None keeps all."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that occurred (prompt included) less likely, as in transformers."""
+    """Above 1 makes tokens that occurred (prompt included) less likely, as in transformers; from 0.01 to 100."""
     seed: int | None = None
     """Random stream of a sampled answer; the same seed gives the same answer."""
     stop: str | tuple[str, ...] = ()
@@ -78,8 +81,11 @@ class GenerationOptions:
                 raise ConfigError(f"{name} must be at least {low}, not {shown(value)}.")
         if self.seed is not None and self.seed >= 2**64:
             raise ConfigError(f"seed must be below 2**64, not {shown(self.seed)}.")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
+        if self.temperature is not None and self.temperature > MAX_TEMPERATURE:
+            raise ConfigError(f"temperature must be from 0 to {MAX_TEMPERATURE:g}, not {self.temperature}.")
+        low, high = PENALTIES
+        if not low <= self.repetition_penalty <= high:
+            raise ConfigError(f"repetition_penalty must be from {low:g} to {high:g}, not {self.repetition_penalty}.")
         if self.do_sample and self.temperature == 0:
             raise ConfigError("do_sample=True with temperature=0 has no meaning: leave one of them out.")
 
@@ -128,6 +134,11 @@ def parse_options(given: dict[str, Any], defaults: dict[str, Any] | None = None)
         ConfigError: an unknown option (the nearest name is suggested) or a wrong value.
     """
     known = [field.name for field in fields(GenerationOptions)]
+    if "template" in given:
+        raise ConfigError(
+            "No generation option 'template': in Python it is chat_template, as in transformers (--template is the "
+            f"command line's). Write chat_template={shown(given['template'])}."
+        )
     for name in given:
         if name not in known:
             raise ConfigError(f"No generation option {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
@@ -169,8 +180,8 @@ def _check_number(name: str, value: Any, kind: type) -> None:
     allowed = int if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed) or value != value:
         raise ConfigError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {shown(value)}.")
-    if kind is float and abs(value) > sys.float_info.max and value not in (math.inf, -math.inf):
-        raise ConfigError(f"{name} is a number beyond all floats.")
+    if kind is float and abs(value) > sys.float_info.max:
+        raise ConfigError(f"{name} must be a number that is finite, not {shown(value)}.")
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

@@ -11,7 +11,14 @@ from collections.abc import Callable
 
 import torch
 
+from lavish.common.errors import NumericsError
 from lavish.inference.options import GenerationOptions
+
+NO_NUMBERS = (
+    "the network gave NaN or infinity where the likelihoods of the next word should be, so there is no answer. Either "
+    "its weights are damaged (`lavish inspect` compares the files with the config; fetch them again), or its dtype "
+    "overflows: load it with dtype='bfloat16' or dtype='float32'."
+)
 
 
 def penalise_repetition(logits: torch.Tensor, token_ids: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -40,6 +47,19 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return logits.masked_fill(remove.scatter(0, order, remove), -torch.inf)
 
 
+def likeliest(logits: torch.Tensor) -> list[int]:
+    """Give the token of the largest logit of each row, with one wait for the device. Shapes: logits (rows, vocab).
+
+    Raises:
+        NumericsError: a row holds NaN or infinity, or nothing above -infinity.
+    """
+    best = logits.max(dim=-1)  # which gives NaN where a row holds one
+    token_ids = best.indices.where(best.values.isfinite(), -1).tolist()
+    if min(token_ids) < 0:
+        raise NumericsError(NO_NUMBERS)
+    return token_ids
+
+
 class Sampler:
     """Choose the next token of ONE row. It holds the row's random stream and the ids that a repetition penalty looks
     at. `new_seed` gives the seed where the options have none; default: the system's randomness.
@@ -66,11 +86,15 @@ class Sampler:
         return self.is_greedy and not self._penalise
 
     def __call__(self, logits: torch.Tensor) -> int:
-        """Choose a token. Shapes: logits (vocab), any float dtype."""
+        """Choose a token. Shapes: logits (vocab), any float dtype.
+
+        Raises:
+            NumericsError: the logits hold NaN or infinity.
+        """
         if self._penalise:
             seen = torch.tensor(list(self._seen), dtype=torch.long, device=logits.device)
             logits = penalise_repetition(logits.float(), seen, self.options.repetition_penalty)
-        token_id = int(logits.argmax()) if self.is_greedy else self._draw(logits.float())
+        token_id = likeliest(logits[None])[0] if self.is_greedy else self._draw(logits.float())
         if self._penalise:
             self._seen[token_id] = None
         return token_id
@@ -83,6 +107,8 @@ class Sampler:
             logits = keep_top_k(logits, options.top_k)
         probabilities = keep_top_p(logits, options.top_p or 1.0).softmax(-1)
         cumulative = probabilities.cpu().double().cumsum(-1)  # MPS has no float64
+        if not cumulative[-1].isfinite():  # one NaN or infinity makes NaN of all
+            raise NumericsError(NO_NUMBERS)
         # Inside [0, total): a token of probability 0 is never hit, not by u = 0 nor by rounding at the end.
         target = cumulative[-1] * torch.rand((), generator=self._generator, dtype=torch.float64).item()
         return int((cumulative <= target).sum().clamp(max=cumulative.shape[-1] - 1))

@@ -15,11 +15,11 @@ import torch
 from transformers import BatchFeature
 
 from lavish.common import grounding
-from lavish.common.errors import ConfigError, MediaError, PromptError, shown
+from lavish.common.errors import ConfigError, MediaError, NumericsError, PromptError, shown
 from lavish.inference.cache import SliceCache
 from lavish.inference.options import GenerationOptions, parse_options, read_sampling_defaults
 from lavish.inference.reuse import Conversation, ConversationStore, FeatureCache, pixel_digest
-from lavish.inference.sampling import Sampler
+from lavish.inference.sampling import Sampler, likeliest
 from lavish.inference.steps import Prompt, steps_for
 from lavish.inference.streaming import TextStream
 
@@ -135,7 +135,7 @@ class ReplyStream(Iterator[str]):
         logits, state = vlm._steps.prefill([prompt], features, cache, num_cached)
         conversation.extend(prompt.token_ids[num_cached:], prompt.token_type_ids[num_cached:])
         while True:
-            token_id = sampler(logits[0])
+            (token_id,) = vlm._choose([sampler], logits)
             piece = answer.push(token_id)
             if piece:
                 yield piece
@@ -219,6 +219,7 @@ class VLM:
             PromptError: messages that make no prompt, or a prompt and answer that do not fit into the context.
             MediaError: an image that cannot be opened.
             ConfigError: a wrong generation option.
+            NumericsError: the network gives NaN or infinity: damaged weights, or a dtype that overflows.
         """
         with self.stream(messages, **generation) as stream:
             for _ in stream:
@@ -272,7 +273,7 @@ class VLM:
         cache = SliceCache(self._steps.num_layers, max(map(len, prompts)) + _FIRST_ANSWER_TOKENS)
         logits, state = self._steps.prefill(prompts, self._features(prompts), cache)
         while True:
-            token_ids = _choose([samplers[row] for row in active], logits)
+            token_ids = self._choose([samplers[row] for row in active], logits)
             for row, token_id in zip(active, token_ids):
                 answers[row].push(token_id)
             going = [place for place, row in enumerate(active) if answers[row].finish_reason is None]
@@ -326,6 +327,15 @@ class VLM:
         rows = [found[prompt.digest] for prompt in prompts if prompt.digest is not None]
         return torch.stack(rows) if rows else None
 
+    def _choose(self, samplers: list[Sampler], logits: torch.Tensor) -> list[int]:
+        """Choose a token for each row; greedy rows are reduced in one go. Shapes: logits (rows, vocab)."""
+        try:
+            if all(sampler.needs_only_argmax for sampler in samplers):
+                return likeliest(logits)
+            return [sampler(row) for sampler, row in zip(samplers, logits)]
+        except NumericsError as error:
+            raise NumericsError(f"{self!r}: {error}") from error
+
     def _answer(self, options: GenerationOptions, max_new_tokens: int) -> Answer:
         return Answer(TextStream(self.processor.decode, options.stop), max_new_tokens, self._eos_token_ids)
 
@@ -339,13 +349,6 @@ class VLM:
             finish_reason=answer.finish_reason or "cancelled",
             usage=Usage(len(prompt), len(answer.token_ids), num_cached),
         )
-
-
-def _choose(samplers: list[Sampler], logits: torch.Tensor) -> list[int]:
-    """Choose a token for each row; greedy rows are reduced in one go. Shapes: logits (rows, vocab)."""
-    if all(sampler.needs_only_argmax for sampler in samplers):
-        return logits.argmax(dim=-1).tolist()
-    return [sampler(row) for sampler, row in zip(samplers, logits)]
 
 
 def _finished(stream: ReplyStream) -> Reply:

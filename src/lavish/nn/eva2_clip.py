@@ -1,8 +1,8 @@
 """The EVA2-CLIP-E vision tower and its gated projector, as CogVLM, CogVLM2 and GLM-4V run it.
 
-Source: CogVLM2 release, visual.py (read through a public copy; facts/cogvlm.md). Module names are the released key
-names. What the families do differently (the 2x2 merge, its width, the final scale) are arguments. Not here:
-preprocessing, and what the decoder does with the features.
+Source: THUDM/cogvlm2-llama3-chat-19B, visual.py (read through the copy Niky-san/cogvlm2_surce). Module names are
+the released key names. What the families do differently (the 2x2 merge, its width, the final scale) are arguments. Not
+here: preprocessing, and what the decoder does with the features.
 """
 
 import torch

@@ -10,7 +10,15 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from lavish.common.errors import ConfigError, did_you_mean, shown
-from lavish.models.cogvlm.manifest import MAX_LAYERS, OPTIONAL_SIZES, OPTIONAL_VISION_SIZES, SIZES, VISION_SIZES
+from lavish.models.cogvlm.manifest import (
+    MAX_LAYERS,
+    OPTIONAL_SIZES,
+    OPTIONAL_VISION_SIZES,
+    SIZES,
+    VISION_SIZES,
+    advice,
+    dotted_names,
+)
 
 MAX_SIZE = 2**31 - 1
 """Far above any size that was built, and what a dimension of a tensor holds."""
@@ -51,13 +59,14 @@ class CogVLMVisionConfig(PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
+        """Patches of one image, the class row not counted."""
         return (self.image_size // self.patch_size) ** 2
 
 
 class CogVLMConfig(PreTrainedConfig):
     """A CogVLM network. The defaults are CogVLM v1's decoder; `num_multi_query_heads` makes it a CogVLM2.
 
-    Source: released config.json of cogvlm-chat-hf and cogvlm2-llama3-chat-19B (facts/cogvlm.md, section 1).
+    Source: config.json of THUDM/cogvlm-chat-hf and of THUDM/cogvlm2-llama3-chat-19B.
     Raises: ConfigError where two fields cannot be true together.
     """
 
@@ -121,6 +130,7 @@ class CogVLMConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
+        """Width of a head of the decoder."""
         return self.hidden_size // self.num_attention_heads
 
     @property
@@ -138,7 +148,7 @@ class CogVLMConfig(PreTrainedConfig):
 
 def _check(name: str, found, expected, why: str) -> None:
     if found != expected:
-        raise ConfigError(f"config: {name} is {found!r} and must be {expected!r} ({why}). Correct the config.json.")
+        raise ConfigError(f"config: {name} is {found!r} and must be {expected!r} ({why}).")
 
 
 def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], prefix: str = "", *, may_be_none: str) -> None:
@@ -147,16 +157,12 @@ def _check_sizes(config: PreTrainedConfig, names: tuple[str, ...], prefix: str =
         if value is None and name == may_be_none:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"config: {prefix}{name} is {shown(value)} and must be a whole number above 0. Correct the config.json."
-            )
+            raise ConfigError(f"config: {prefix}{name} is {shown(value)} and must be a whole number above 0.")
         if value > MAX_SIZE:
-            raise ConfigError(f"config: {prefix}{name} is {shown(value)}, over {MAX_SIZE}. Correct the config.json.")
+            raise ConfigError(f"config: {prefix}{name} is {shown(value)}, over {MAX_SIZE}.")
     num_layers = config.num_hidden_layers
     if num_layers > MAX_LAYERS:
-        raise ConfigError(
-            f"config: {prefix}num_hidden_layers is {num_layers}, over {MAX_LAYERS}. Correct the config.json."
-        )
+        raise ConfigError(f"config: {prefix}num_hidden_layers is {num_layers}, over {MAX_LAYERS}.")
 
 
 def _check_token_ids(config: "CogVLMConfig") -> None:
@@ -164,19 +170,19 @@ def _check_token_ids(config: "CogVLMConfig") -> None:
         value = getattr(config, name)
         for token_id in value if isinstance(value, list) else [value]:
             if token_id is not None and (isinstance(token_id, bool) or not isinstance(token_id, int)):
-                raise ConfigError(f"config: {name} is {shown(value)} and must be a token's number. Correct it.")
+                raise ConfigError(f"config: {name} is {shown(value)} and must be a token's number.")
 
 
 def _check_above_zero(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(f"config: {name} is {value!r} and must be a number above 0. Correct the config.json.")
+        raise ConfigError(f"config: {name} is {value!r} and must be a number above 0.")
 
 
 def _check_form(config: dict, where: str) -> None:
     """Check what transformers would trip over: sections that are none, and the name of a dtype."""
     for key in ("vision_config", "quantization_config"):
         if config.get(key) is not None and not isinstance(config[key], dict):
-            raise ConfigError(f"{where}: {key} is {config[key]!r} and must be an object. Fetch the config.json again.")
+            raise ConfigError(f"{where}: {key} is {shown(config[key])} and must be an object.")
     for key in ("dtype", "torch_dtype"):
         if config.get(key) is not None and config[key] not in DTYPES:
             raise ConfigError(f"{where}: {key} is {config[key]!r}; it is one of {', '.join(DTYPES)}.")
@@ -211,7 +217,11 @@ def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
         raise ConfigError(f"config: {unknown[0]!r} is no field of CogVLMConfig.{did_you_mean(unknown[0], known)}")
     renamed = {CogVLMConfig.attribute_map.get(key, key): value for key, value in overrides.items()}
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "vision_config")}
+    given = dotted_names(renamed)
     if "vision_config" in renamed:
-        _check_form(renamed, "config")
+        _check_form(renamed, "what was given")
         renamed["vision_config"] = {**vision, **(renamed["vision_config"] or {})}
-    return CogVLMConfig(**{**fields, "vision_config": vision, **renamed})
+    try:
+        return CogVLMConfig(**{**fields, "vision_config": vision, **renamed})
+    except ConfigError as error:
+        raise ConfigError(f"{error} {advice(str(error), given)}") from error

@@ -6,11 +6,12 @@ itself and against the released lists at full size. How to make a network of it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lavish.common.errors import ConfigError, did_you_mean
+from lavish.common.errors import ConfigError, did_you_mean, shown
 
 LANGUAGE, IMAGE, TOWER, PROJECTOR, EMBEDDINGS, HEAD, NORMS = (
     "language experts",
@@ -82,10 +83,12 @@ class Sizes:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head of the decoder."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def num_key_value_heads(self) -> int:
+        """Heads of keys and values; in v1 as many as of queries."""
         return self.num_multi_query_heads or self.num_attention_heads
 
     @property
@@ -110,10 +113,15 @@ def read_sizes(fields: Mapping[str, Any], where: str, overrides: Mapping[str, An
     if not isinstance(vision, Mapping):
         raise ConfigError(f"{where}: vision_config is absent. Fetch the config.json of the release again.")
     replaced = dict(overrides or {})
-    vision = {**vision, **_known(replaced.pop("vision_config", {}), VISION_SIZES, STANDARD_VISION_NAMES)}
-    merged = {**fields, **_known(replaced, SIZES, STANDARD_NAMES)}
-    sizes = {name: _size(merged, name, where, OPTIONAL_SIZES) for name in SIZES}
-    tower = {name: _size(vision, name, f"{where}: vision_config", OPTIONAL_VISION_SIZES) for name in VISION_SIZES}
+    vision_changes = _known(replaced.pop("vision_config", {}), VISION_SIZES, STANDARD_VISION_NAMES)
+    changes = _known(replaced, SIZES, STANDARD_NAMES)
+    vision, merged = {**vision, **vision_changes}, {**fields, **changes}
+    try:
+        sizes = {name: _size(merged, name, OPTIONAL_SIZES) for name in SIZES}
+        tower = {name: _size(vision, name, OPTIONAL_VISION_SIZES, "vision_config.") for name in VISION_SIZES}
+    except ConfigError as error:
+        given = dotted_names({**changes, "vision_config": vision_changes})
+        raise ConfigError(f"{where}: {error} {advice(str(error), given)}") from error
     if tower["num_positions"] is None:
         tower["num_positions"] = (tower["image_size"] // tower["patch_size"]) ** 2 + 1
     return Sizes(**sizes, vision=tower)
@@ -133,18 +141,50 @@ def _known(overrides: Any, names: tuple[str, ...], standard: Mapping[str, str]) 
     return found
 
 
-def _size(fields: Mapping[str, Any], name: str, where: str, optional: Mapping[str, Any]) -> Any:
+def advice(problem: str, given: Iterable[str]) -> str:
+    """Say what to do about a problem: change the fields that a caller gave, if it names one of them, else the file."""
+    words = set(re.findall(r"\w+", problem))
+    ours = [name for name in given if name.rpartition(".")[2] in words]
+    if ours:
+        return f"Give {' and '.join(ours)} another value: what was given replaces the config.json's."
+    return "Correct the config.json, or fetch that of the release again."
+
+
+def dotted_names(overrides: Mapping[str, Any]) -> list[str]:
+    """Give the names of the fields that nested overrides replace: `vision_config.num_heads`."""
+    names = []
+    for name, value in overrides.items():
+        names += [f"{name}.{inner}" for inner in value] if isinstance(value, Mapping) else [name]
+    return names
+
+
+def _size(fields: Mapping[str, Any], name: str, optional: Mapping[str, Any], prefix: str = "") -> Any:
     value = fields.get(name, optional.get(name))
     if value is None and name in optional:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        found = "absent" if name not in fields else repr(value)
-        raise ConfigError(
-            f"{where}: {name} is {found} and must be a whole number above 0. Fetch the config.json again."
-        )
+        found = "absent" if name not in fields else shown(value)
+        raise ConfigError(f"{prefix}{name} is {found} and must be a whole number above 0.")
     if name == "num_hidden_layers" and value > MAX_LAYERS:
-        raise ConfigError(f"{where}: {name} is {value}, over {MAX_LAYERS}. Fetch the config.json again.")
+        raise ConfigError(f"{prefix}{name} is {shown(value)}, over {MAX_LAYERS}.")
     return value
+
+
+def version_problem(version: int, names: Container[str]) -> str | None:
+    """Say that a config and the stored tensors are of different versions, which one field of the config decides."""
+    is_merged = "model.vision.conv.weight" in names
+    if version == 1 and is_merged:
+        return (
+            "config.json has no num_multi_query_heads and is read as CogVLM v1, but model.vision.conv.weight is "
+            "CogVLM2's. Set num_multi_query_heads (8 in the released CogVLM2), or fetch config.json again."
+        )
+    has_bias = "model.layers.0.self_attn.vision_expert_query_key_value.bias" in names
+    if version == 2 and "model.vision.boi" in names and not is_merged and not has_bias:
+        return (
+            "config.json has num_multi_query_heads and is read as CogVLM2, but model.vision.conv.weight and the biases "
+            "that every CogVLM2 has are absent. If it is a CogVLM v1, take num_multi_query_heads out of config.json."
+        )
+    return None
 
 
 def tensors(sizes: Sizes) -> Iterator[Tensor]:

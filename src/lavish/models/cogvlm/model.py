@@ -1,8 +1,8 @@
 """CogVLM and CogVLM2: a decoder with one weight set for text and one for image tokens, behind an EVA2-CLIP-E tower.
 
-Source: CogVLM2 release, modeling_cogvlm.py and visual.py, read through a public copy; v1 by its SAT model
-(facts/cogvlm.md). Module names are the released key names. Not here: the rules for positions and experts (routing.py),
-prompts and pixels (processor.py), reading checkpoints, sampling (transformers' `generate`).
+Source: THUDM/cogvlm2-llama3-chat-19B, modeling_cogvlm.py and visual.py, read through the copy Niky-san/cogvlm2_surce;
+v1 by its SAT model (THUDM/CogVLM, utils/models). Module names are the released key names. Not here: positions and
+routing (routing.py), prompts and pixels (processor.py), reading checkpoints, sampling (transformers' `generate`).
 
 How the experts are run: the decoder keeps two streams of tokens, language and vision, through all layers. They meet in
 attention only, so a layer needs no boolean index, and a decoding step has no vision stream at all.

@@ -1,7 +1,7 @@
 """Which token is where: CogVLM's rules for positions and experts, and the plan of one forward made from them.
 
 Apart from model.py because nothing here has weights, and the processor's and the trainer's side need the rules too.
-Source: CogVLM2 release, modeling_cogvlm.py, get_expert_mask and build_position_ids (facts/cogvlm.md, section 2).
+Source: THUDM/cogvlm2-llama3-chat-19B, modeling_cogvlm.py, get_expert_mask and build_position_ids.
 """
 
 from dataclasses import dataclass

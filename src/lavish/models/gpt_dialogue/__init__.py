@@ -1,0 +1,1 @@
+"""GPTDialogue: GPT-2 that answers questions about a video from its features; config, network, processor, weights."""
