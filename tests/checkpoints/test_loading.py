@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lavish.checkpoints import hf
-from lavish.checkpoints.rules import Drop, Optional, Rename
+from lavish.checkpoints.loading import Cut, rearrange
+from lavish.checkpoints.rules import Drop, Merge, Optional, Rename, Rule, Split, reverse
 from lavish.checkpoints.writer import save_sharded
 from lavish.common.errors import CheckpointError, MissingKeys, ShapeMismatch, UnexpectedKeys
 
@@ -190,3 +191,77 @@ def test_pickled_views_arrive_contiguous(tmp_path: Path) -> None:
     hf.load_into(net, hf.read(tmp_path), dtype=None, device="cpu")
     assert torch.equal(net.weight, weight.t())
     assert net.weight.is_contiguous()
+
+
+class Attention(nn.Module):
+    """What a fused projection is loaded into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 6) for _ in range(3))
+
+
+def fused_rules(dim: int = 0, sizes: tuple[int, ...] | None = None) -> list[Rule]:
+    return [Split(f"qkv.{leaf}", tuple(f"{name}.{leaf}" for name in "qkv"), dim, sizes) for leaf in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "pickle"])
+def test_a_fused_tensor_is_cut_on_the_way(tmp_path: Path, layout: str) -> None:
+    with torch.device("meta"):
+        net = Attention()
+    fused = {"qkv.weight": torch.arange(72.0).reshape(4, 18).t(), "qkv.bias": torch.arange(18.0)}  # a strided pickle
+    if layout == "pickle":
+        torch.save(fused, tmp_path / "pytorch_model.bin")
+    else:
+        save_sharded(fused, tmp_path)
+    hf.load_into(net, hf.read(tmp_path), dtype=torch.bfloat16, device="cpu", rules=fused_rules())
+    assert torch.equal(net.k.weight, fused["qkv.weight"][6:12].bfloat16())
+    assert torch.equal(net.v.bias, fused["qkv.bias"][12:].bfloat16())
+    assert net.q.weight.is_contiguous()
+    back = rearrange(net.state_dict(), reverse(fused_rules()))
+    assert {name: value.tolist() for name, value in back.items()} == {
+        name: value.bfloat16().tolist() for name, value in fused.items()
+    }
+
+
+def test_parts_of_given_sizes_along_another_dimension(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"a": nn.Linear(2, 3, bias=False), "b": nn.Linear(5, 3, bias=False)})
+    rules = [Split("ab", ("a.weight", "b.weight"), dim=1, sizes=(2, 5))]
+    whole = torch.arange(21.0).reshape(3, 7)
+    save_sharded({"ab": whole}, tmp_path)
+    hf.load_into(net, hf.read(tmp_path), dtype=None, device="cpu", rules=rules)
+    assert torch.equal(net["b"].weight, whole[:, 2:])
+    assert torch.equal(rearrange(net.state_dict(), reverse(rules))["ab"], whole)
+    cut = {"b.weight": Cut(0, ((1, 3),), (3, 5))}
+    with torch.device("meta"):
+        share = nn.ModuleDict({"a": nn.Linear(2, 3, bias=False), "b": nn.Linear(5, 2, bias=False)})
+    hf.load_into(share, hf.read(tmp_path), dtype=None, device="cpu", rules=rules, cuts=cut)
+    assert torch.equal(share["b"].weight, whole[1:, 2:])
+
+
+def test_a_fused_tensor_of_another_shape(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        net = Attention()
+    save_sharded({"qkv.weight": torch.ones(20, 4), "qkv.bias": torch.ones(18)}, tmp_path)
+    with pytest.raises(ShapeMismatch, match=r"'qkv\.weight' is \(20, 4\) in .* 3 parts of equal size along"):
+        hf.load_into(net, hf.read(tmp_path), dtype=None, device="cpu", rules=fused_rules())
+    save_sharded({"qkv.weight": torch.ones(21, 4), "qkv.bias": torch.ones(18)}, tmp_path)
+    with pytest.raises(ShapeMismatch, match=r"first 'qkv\.weight', part 1 of 3: \(7, 4\) in .*, \(6, 4\) by"):
+        hf.load_into(net, hf.read(tmp_path), dtype=None, device="cpu", rules=fused_rules())
+    save_sharded({"qkv.weight": torch.ones(18, 4)}, tmp_path)
+    with pytest.raises(MissingKeys, match=r"3 of 6 tensors .* first 'q\.bias'"):
+        hf.load_into(net, hf.read(tmp_path), dtype=None, device="cpu", rules=fused_rules())
+
+
+def test_stored_parts_are_laid_behind_each_other(tmp_path: Path) -> None:
+    rules = [Merge(("q_bias", None, "v_bias"), "bias")]
+    tensors = {"q_bias": torch.tensor([1.0, 2.0]), "v_bias": torch.tensor([3.0, 4.0]), "weight": torch.ones(6, 3)}
+    net = nn.Linear(3, 6, device="meta")
+    hf.load_into(net, read(tmp_path, tensors, max_shard_bytes=8), dtype=None, device="cpu", rules=rules)
+    assert net.bias.tolist() == [1, 2, 0, 0, 3, 4]
+    assert rearrange(net.state_dict(), reverse(rules)).keys() == tensors.keys()
+    tensors["v_bias"] = torch.ones(3)
+    with pytest.raises(ShapeMismatch, match=r"'q_bias' and the tensors to lay behind it .* do not fit"):
+        hf.load_into(net, read(tmp_path, tensors), dtype=None, device="cpu", rules=rules)
+    with pytest.raises(ShapeMismatch, match="do not fit"):
+        rearrange(tensors, rules)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lavish.checkpoints.rules import Drop, Optional, Rename, matches, plan, reverse
+from lavish.checkpoints.rules import Drop, Joined, Merge, Optional, Part, Rename, Rule, Split, matches, plan, reverse
 from lavish.common.errors import CheckpointError, ConfigError
 
 RULES = [
@@ -47,3 +47,62 @@ def test_patterns_are_text_not_regular_expressions() -> None:
     assert not matches(["a.*.b"], "a.1.2.b")
     assert not matches(["a.b"], "axb")
     assert not matches([], "a")
+
+
+FUSED: list[Rule] = [
+    Split("h.*.qkv", ("layers.*.q", "layers.*.k", "layers.*.v")),
+    Merge(("b.*.q_bias", None, "b.*.v_bias"), "blocks.*.bias"),
+]
+
+
+def test_a_split_gives_one_name_several_places() -> None:
+    made = plan(["h.0.qkv", "h.1.qkv"], FUSED)
+    assert list(made.sources.items())[:3] == [
+        ("layers.0.q", "h.0.qkv"),
+        ("layers.0.k", "h.0.qkv"),
+        ("layers.0.v", "h.0.qkv"),
+    ]
+    assert made.parts["layers.1.v"] == Part(0, 2, 3, None)
+    assert made.parts["layers.1.v"].span((12, 4)) == (8, 12)
+    assert made.parts["layers.1.v"].span((13, 4)) is None
+    assert made.parts["layers.1.v"].span(()) is None
+    assert Part(1, 1, 2, (3, 5)).span((2, 8)) == (3, 8)
+    assert Part(1, 1, 2, (3, 5)).span((2, 9)) is None
+
+
+def test_a_merge_gathers_in_any_order() -> None:
+    made = plan(["b.3.v_bias", "b.3.q_bias"], FUSED)
+    assert made.sources == {"blocks.3.bias": "b.3.q_bias"}
+    assert made.joined == {"blocks.3.bias": Joined(("b.3.q_bias", None, "b.3.v_bias"), 0, None)}
+
+
+def test_splits_and_merges_reverse() -> None:
+    back = plan(plan(["h.0.qkv", "b.0.q_bias", "b.0.v_bias"], FUSED).sources, reverse(FUSED))
+    assert back.joined["h.0.qkv"].names == ("layers.0.q", "layers.0.k", "layers.0.v")
+    assert set(back.sources) == {"h.0.qkv", "b.0.q_bias", "b.0.v_bias"}
+    assert reverse(reverse(FUSED)) == FUSED
+
+
+def test_a_merge_without_all_its_parts() -> None:
+    with pytest.raises(CheckpointError, match=r"'b\.0\.v_bias' of the file has no 'b\.\*\.q_bias' beside it"):
+        plan(["b.0.v_bias"], FUSED)
+
+
+def test_a_split_onto_a_taken_place() -> None:
+    with pytest.raises(CheckpointError, match=r"would both become 'layers\.0\.k'"):
+        plan(["layers.0.k", "h.0.qkv"], FUSED)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Split("a", ("b",)),
+        lambda: Split("a.*", ("b", "c")),
+        lambda: Split("a", ("b", "c"), sizes=(1,)),
+        lambda: Merge((None, None), "a"),
+        lambda: Merge(("b", "c"), "a", sizes=(0, 1)),
+    ],
+)
+def test_splits_and_merges_that_cannot_be(make) -> None:
+    with pytest.raises(ConfigError, match=r"needs|need the same"):
+        make()

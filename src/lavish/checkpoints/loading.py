@@ -15,8 +15,8 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from lavish.checkpoints.rules import Optional, Rule, matches, plan
-from lavish.checkpoints.tensor_map import TensorMap
+from lavish.checkpoints.rules import Joined, Optional, Plan, Rule, matches, plan
+from lavish.checkpoints.tensor_map import ITEM_BYTES, MappedFile, TensorInfo, TensorMap
 from lavish.common.errors import CheckpointError, MissingKeys, ShapeMismatch, UnexpectedKeys, did_you_mean
 
 ONE_THREAD_NUMEL = 32_000
@@ -68,22 +68,27 @@ def load_into(
     targets = {
         name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)
     }
-    sources = plan(tensors, rules).sources
+    places = plan(tensors, rules)
+    sources = places.sources
     tied = _tied(targets)
     _check_names(module, targets, tied, tensors, sources, rules)
-    _check_shapes(targets, tensors, sources, cuts)
+    _check_shapes(targets, tensors, places, cuts)
 
     placed: dict[str, torch.Tensor] = {}  # by the first name of a tied group
     for file, names in _by_file(tensors, sources).items():
         mapped = tensors.open(file)
         for name in names:
-            info = tensors.info(sources[name])
             cast_to = None if matches(keep_dtype, name) else dtype
-            stored = mapped.tensor(info)
+            if name in places.joined:
+                info, stored = None, _join(tensors, places.joined[name])
+            else:
+                info = stored_info(tensors, places, name)
+                stored = mapped.tensor(info)
             if name in cuts:
                 stored = cuts[name].take(stored)
             value = _place(f"{file}: {sources[name]!r}", stored, cast_to, device)
-            mapped.forget(info)
+            if info is not None:
+                mapped.forget(info)
             if tied[name] not in placed:
                 placed[tied[name]] = _as_target(targets[name], value)
             elif device.type != "meta" and not torch.equal(placed[tied[name]].detach(), value):
@@ -96,6 +101,109 @@ def load_into(
             _assign(module, name, placed[tied[name]])
     everything = [*module.named_parameters(), *module.named_buffers()]
     return [name for name, value in everything if value.is_meta and device.type != "meta"]
+
+
+def stored_info(tensors: TensorMap, places: Plan, target: str) -> TensorInfo:
+    """Say where the tensor lies that becomes `target`: a whole stored tensor, or a part of one as a view of the file.
+
+    Raises:
+        ShapeMismatch: the stored tensor does not divide into the parts of a `Split`.
+    """
+    source = places.sources[target]
+    info, part = tensors.info(source), places.parts.get(target)
+    if part is None:
+        return info
+    span = part.span(info.shape)
+    if span is None:
+        raise ShapeMismatch(
+            f"{tensors.path}: {source!r} is {info.shape} in {info.file.name} and becomes "
+            f"{part.num_parts} parts of {part.sizes or 'equal size'} along dimension {part.dim}, first {target!r}."
+        )
+    start, stop = span
+    stride = info.stride or _contiguous_stride(info.shape)
+    shape = tuple(stop - start if dim == part.dim else size for dim, size in enumerate(info.shape))
+    offset = info.offset + start * stride[part.dim] * ITEM_BYTES[info.dtype]
+    return TensorInfo(shape, info.dtype, info.file, offset, stride)
+
+
+def rearrange(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[str, torch.Tensor]:
+    """Rename, split and merge tensors that are in memory: views where a view does.
+
+    Raises:
+        CheckpointError: as `plan`; ShapeMismatch: a tensor does not divide, or parts do not fit each other.
+    """
+    places = plan(tensors, rules)
+    made: dict[str, torch.Tensor] = {}
+    for target, source in places.sources.items():
+        value = tensors[source]
+        if target in places.joined:
+            joined = places.joined[target]
+            made[target] = _joined_tensor(source, [None if n is None else tensors[n] for n in joined.names], joined)
+        elif part := places.parts.get(target):
+            span = part.span(value.shape)
+            if span is None:
+                raise ShapeMismatch(f"{source!r} is {tuple(value.shape)}; it does not divide: {part}.")
+            made[target] = value.narrow(part.dim, span[0], span[1] - span[0])
+        else:
+            made[target] = value
+    return made
+
+
+def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
+
+
+def _join(tensors: TensorMap, joined: Joined) -> torch.Tensor:
+    """Read the parts of a merged tensor, each from its own file."""
+    parts: list[torch.Tensor | None] = []
+    maps: list[MappedFile] = []
+    for name in joined.names:
+        if name is None:
+            parts.append(None)
+            continue
+        info = tensors.info(name)
+        maps.append(tensors.open(info.file))
+        parts.append(maps[-1].tensor(info))
+    return _joined_tensor(next(name for name in joined.names if name is not None), parts, joined)
+
+
+def _joined_tensor(what: str, parts: Sequence[torch.Tensor | None], joined: Joined) -> torch.Tensor:
+    shapes = [None if part is None else tuple(part.shape) for part in parts]
+    if _joined_shape(shapes, joined) is None:
+        raise ShapeMismatch(f"{what!r} and the tensors to lay behind it along {joined.dim} do not fit: {shapes}.")
+    model = next(part for part in parts if part is not None)
+    filled: list[torch.Tensor] = []
+    for index, part in enumerate(parts):
+        if part is None:
+            shape = list(model.shape)
+            shape[joined.dim] = joined.sizes[index] if joined.sizes else shape[joined.dim]
+            part = model.new_zeros(shape)
+        filled.append(part)
+    return torch.cat(filled, dim=joined.dim)
+
+
+def _joined_shape(shapes: Sequence[tuple[int, ...] | None], joined: Joined) -> tuple[int, ...] | None:
+    """Give the shape of the parts behind each other; None where they do not fit."""
+    model = next(shape for shape in shapes if shape is not None)
+    if joined.dim >= len(model):
+        return None
+    lengths: list[int] = []
+    for index, shape in enumerate(shapes):
+        here = shape or model
+        if shape is None and joined.sizes:
+            here = tuple(joined.sizes[index] if dim == joined.dim else size for dim, size in enumerate(model))
+        rest = [size for dim, size in enumerate(here) if dim != joined.dim]
+        if rest != [size for dim, size in enumerate(model) if dim != joined.dim]:
+            return None
+        if joined.sizes and here[joined.dim] != joined.sizes[index]:
+            return None
+        if not joined.sizes and here[joined.dim] != model[joined.dim]:
+            return None  # equal parts, as `Split` cuts them; else the way back would cut elsewhere
+        lengths.append(here[joined.dim])
+    return tuple(sum(lengths) if dim == joined.dim else size for dim, size in enumerate(model))
 
 
 def _called(module: nn.Module) -> str:
@@ -140,27 +248,55 @@ def _found(tensors: TensorMap) -> str:
     return f" Found: {len(tensors)} tensors in {', '.join(file.name for file in tensors.files[:4]) or 'no file'}."
 
 
-def _check_shapes(
-    targets: dict[str, torch.Tensor], tensors: TensorMap, sources: dict[str, str], cuts: Mapping[str, Cut]
-) -> None:
+def _check_shapes(targets: dict[str, torch.Tensor], tensors: TensorMap, places: Plan, cuts: Mapping[str, Cut]) -> None:
+    sources = places.sources
     expected = {name: cuts[name].whole if name in cuts else tuple(targets[name].shape) for name in sources}
-    wrong = [name for name in sources if tensors.info(sources[name]).shape != expected[name]]
+    found = {name: _found_shape(tensors, places, name) for name in sources}
+    wrong = [name for name in sources if found[name] != expected[name]]
     if wrong:
         info = tensors.info(sources[wrong[0]])
         raise ShapeMismatch(
             f"{tensors.path}: {len(wrong)} of {len(targets)} tensors have another shape than the config says, "
-            f"first {sources[wrong[0]]!r}: "
-            f"{info.shape} in {info.file.name}, {expected[wrong[0]]} by the config. Do config and "
+            f"first {sources[wrong[0]]!r}{_which(places, wrong[0])}: "
+            f"{found[wrong[0]]} in {info.file.name}, {expected[wrong[0]]} by the config. Do config and "
             "weights belong together?"
         )
-    for name, source in sources.items():
-        stored = tensors.meta(source)[1]
-        if stored.is_floating_point != targets[name].is_floating_point():
-            raise CheckpointError(
-                f"{tensors.path}: {source!r} is stored as {tensors.info(source).dtype} where the network has "
-                f"{targets[name].dtype}: "
-                "weights that another program quantised. Fetch the unquantised release."
-            )
+    for name in sources:
+        for source in _all_sources(places, name):
+            stored = tensors.meta(source)[1]
+            if stored.is_floating_point != targets[name].is_floating_point():
+                raise CheckpointError(
+                    f"{tensors.path}: {source!r} is stored as {tensors.info(source).dtype} where the network has "
+                    f"{targets[name].dtype}: "
+                    "weights that another program quantised. Fetch the unquantised release."
+                )
+
+
+def _found_shape(tensors: TensorMap, places: Plan, name: str) -> tuple[int, ...]:
+    if name not in places.joined:
+        return stored_info(tensors, places, name).shape
+    joined = places.joined[name]
+    shapes = [None if source is None else tensors.info(source).shape for source in joined.names]
+    shape = _joined_shape(shapes, joined)
+    if shape is None:
+        raise ShapeMismatch(
+            f"{tensors.path}: {places.sources[name]!r} and the tensors to lay behind it along dimension {joined.dim} "
+            f"as {name!r} do not fit each other: {shapes}."
+        )
+    return shape
+
+
+def _all_sources(places: Plan, name: str) -> list[str]:
+    if name in places.joined:
+        return [source for source in places.joined[name].names if source is not None]
+    return [places.sources[name]]
+
+
+def _which(places: Plan, name: str) -> str:
+    if name in places.joined:
+        return f" with {len(places.joined[name].names) - 1} behind it"
+    part = places.parts.get(name)
+    return "" if part is None else f", part {part.index + 1} of {part.num_parts}"
 
 
 def _by_file(tensors: TensorMap, sources: dict[str, str]) -> dict[Path, list[str]]:

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lavish.checkpoints.loading import load_into
+from lavish.checkpoints.loading import load_into, stored_info
 from lavish.checkpoints.rules import Drop, Optional, Rule, plan
-from lavish.checkpoints.tensor_map import TensorMap
+from lavish.checkpoints.tensor_map import TensorInfo, TensorMap
 from lavish.common.errors import ConfigError, MissingDependency, did_you_mean
 from lavish.nn.int8 import Int8Linear, quantize_weight
 
@@ -85,7 +85,7 @@ def load_quantized(
 
     Raises: as `load_into`, before the first weight is read.
     """
-    sources = plan(tensors, rules).sources
+    places = plan(tensors, rules)
     # A dry run: names, shapes and dtypes are checked against the network as it is, and nothing is read.
     load_into(network, tensors, dtype=dtype, device="meta", rules=rules)
     names = quantized_layers(network, quantize_vision=quantize_vision)
@@ -96,13 +96,13 @@ def load_quantized(
         _replace(network, name, make(network.get_submodule(name), dtype))
     weights = [f"{name}.weight" for name in names]
     other_rules = [
-        *(Drop(sources[weight], why="quantised below") for weight in weights),
+        *(Drop(source, why="quantised below") for source in {places.sources[weight] for weight in weights}),
         *(Optional(f"{name}.*", why="quantised below") for name in names),
         *rules,
     ]
     left = load_into(network, tensors, dtype=dtype, device=device, rules=other_rules)
     fill = {INT8: _fill_int8, NF4: _fill_nf4}[quantization]
-    for name, weight in _read(tensors, {name: sources[f"{name}.weight"] for name in names}):
+    for name, weight in _read(tensors, {name: stored_info(tensors, places, f"{name}.weight") for name in names}):
         fill(network.get_submodule(name), weight, dtype, device)
     if quantization == INT8:
         network.config.quantization_config = {"quant_method": METHOD, "quantize_vision": quantize_vision}
@@ -122,15 +122,14 @@ def replace_by_int8(network: nn.Module, dtype: torch.dtype, *, quantize_vision: 
         _replace(network, name, _empty_int8(network.get_submodule(name), dtype))
 
 
-def _read(tensors: TensorMap, sources: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(tensors: TensorMap, infos: dict[str, TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
     """Give the matrices in the order of the files, each as a view that is valid until the next."""
     for file in tensors.files:
-        here = [name for name, source in sources.items() if tensors.info(source).file == file]
+        here = [name for name, info in infos.items() if info.file == file]
         mapped = tensors.open(file)
-        for name in sorted(here, key=lambda name: tensors.info(sources[name]).offset):
-            info = tensors.info(sources[name])
-            yield name, mapped.tensor(info)
-            mapped.forget(info)
+        for name in sorted(here, key=lambda name: infos[name].offset):
+            yield name, mapped.tensor(infos[name])
+            mapped.forget(infos[name])
 
 
 def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
