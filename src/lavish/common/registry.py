@@ -17,7 +17,17 @@ Class = TypeVar("Class", bound=type)
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "model": {"cogvlm": "lavish.models.cogvlm.model:CogVLMForCausalLM"},
-    "processor": {},
+    "processor": {
+        "base_instruction": "lavish.processors.blip_processors:BaseInstructionProcessor",
+        "base_text": "lavish.processors.blip_processors:BaseTextProcessor",
+        "blip2_image_train": "lavish.processors.blip_processors:Blip2ImageTrainProcessor",
+        "blip_caption": "lavish.processors.blip_processors:BlipCaptionProcessor",
+        "blip_image_eval": "lavish.processors.blip_processors:BlipImageEvalProcessor",
+        "blip_image_train": "lavish.processors.blip_processors:BlipImageTrainProcessor",
+        "blip_question": "lavish.processors.blip_processors:BlipQuestionProcessor",
+        "clip_image_eval": "lavish.processors.blip_processors:ClipImageEvalProcessor",
+        "clip_image_train": "lavish.processors.blip_processors:ClipImageTrainProcessor",
+    },
     "builder": {},
     "task": {"scenes": "lavish.tasks.scenes:ScenesTask"},
     "runner": {
