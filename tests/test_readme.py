@@ -10,9 +10,12 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import pytest
+
+import lavish
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
@@ -93,6 +96,13 @@ def test_both_languages_have_the_same_sections_and_tables() -> None:
             [line.split(" ")[0] if line[0] == "#" else line.count("|") for line in lines if line[:1] in ("#", "|")]
         )
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_option_of_load_is_named(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    options = [name for name, value in signature(lavish.load).parameters.items() if value.kind is value.KEYWORD_ONLY]
+    assert [name for name in options if f"`{name}=" not in text] == []
 
 
 @pytest.mark.parametrize("readme", PAGES)

@@ -1,7 +1,8 @@
-"""The known faults of CogVLM engines (numbered as in the family's sheet), each with a test that shows ours has it not.
+"""The known faults of CogVLM engines, each with a test that shows ours has it not. The numbers are only for the tests.
 
-Where it is cheap the fault is put in, and the test shows that the fixture would notice. Traps of the processor (3, 4,
-13, 14, 15) and of tensor parallelism (10) stand elsewhere.
+Where it is cheap the fault is put in, and the test shows that the fixture would notice. Elsewhere stand: 3, 4 (pixels:
+test_pixels.py), 10 (shares by heads: test_parallel.py), 13, 14 (special strings, sentencepiece:
+test_cogvlm_processor.py, test_tokenizers.py); of 15 and 17 what the tests below name.
 """
 
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cogvlm_fixture import FAMILIES, FIXTURES, golden, left_padded, shared_network
+from safetensors.torch import save_file
 from tolerance import LOGITS_APART, SAME_MATH, close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
-from lavish.common.errors import PromptError
+import lavish
+from lavish.common.errors import CheckpointError, PromptError
 from lavish.models.cogvlm import model as module
 from lavish.models.cogvlm.model import (
     CogVLMForCausalLM,
@@ -25,9 +28,18 @@ from lavish.models.cogvlm.model import (
     position_ids_from,
     vision_expert_mask,
 )
+from lavish.models.cogvlm.processor import CogVLMProcessor
 from lavish.nn import eva2_clip
 
 BOTH = pytest.mark.parametrize("family", FAMILIES)
+THREE_TURNS = [
+    {"role": role, "content": text}
+    for role, text in zip(
+        ("user", "assistant", "user", "assistant", "user"),
+        ("First thing", "Yes sir", "Second thing", "Quite so", "Last thing"),
+        strict=True,
+    )
+]
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
 
@@ -298,6 +310,76 @@ def test_16_a_second_image_in_a_row_is_refused(family):
     ids, types = (inputs[key].repeat(1, 2) for key in ("input_ids", "token_type_ids"))
     with pytest.raises(PromptError, match=r"row 0 has 2 images .* at most one image in a conversation"):
         shared_network(family)(ids, token_type_ids=types, pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1))
+
+
+# -- 15, 17: the demos of the release, and MindFormers -----------------------------------------------------------------
+
+
+@BOTH
+def test_15_a_text_conversation_says_each_turn_once(family):
+    """The v1 demo repeats earlier turns from the third on. Its exact texts: test_cogvlm_processor.py, vicuna."""
+    processor = CogVLMProcessor.from_pretrained(FIXTURES / family / "open/checkpoint")
+    for template in ("vicuna", "chat"):
+        text = processor.apply_chat_template(THREE_TURNS, template, tokenize=False)
+        assert [text.count(message["content"]) for message in THREE_TURNS] == [1] * 5
+
+
+@BOTH
+def test_15_the_answer_is_decoded_and_not_split_off(family):
+    """The v2 multi-GPU demo ends with `split("")`, which raises; an image takes all its slots, not a fixed number."""
+    vlm = lavish.load(FIXTURES / family / "open/checkpoint", device="cpu")
+    picture = {"type": "image", "image": FIXTURES / family / "open/inputs/square.png"}
+    bare, seen = (
+        vlm.chat([{"role": "user", "content": [*images, {"type": "text", "text": "What?"}]}], max_new_tokens=4)
+        for images in ([], [picture])
+    )
+    assert seen.text == vlm.processor.decode(seen.token_ids)
+    assert seen.usage.prompt_tokens - bare.usage.prompt_tokens == vlm.model.config.num_image_tokens
+
+
+@BOTH
+@torch.no_grad()
+def test_15_the_loss_of_an_evaluation_is_a_mean(family):
+    """The v2 LoRA demo sums the losses of batches and takes the exponential of that: twice the rows, twice the loss."""
+    batch, network = golden(family).batch("train"), shared_network(family)
+    once = network(**batch).loss
+    twice = network(**{key: torch.cat([value, value]) for key, value in batch.items()}).loss
+    torch.testing.assert_close(twice, once)
+
+
+@BOTH
+def test_17_the_rotary_table_may_be_float32_in_a_bf16_network(family):
+    """MindFormers has a bf16 table alone. The release's own, bit for bit: test_rope_tables_are_exact."""
+    network = golden(family).network(rope="float32").to(torch.bfloat16)
+    cos, _ = network.model.rotary(torch.tensor([[256, 257]]))
+    assert cos.dtype == torch.float32
+    assert not torch.equal(cos[0, 0], cos[0, 1])
+
+
+@BOTH
+def test_17_text_alone_history_and_an_answer_without_its_prompt(family):
+    """MindFormers crashes on text alone, drops the history, gives the prompt back, and pads prompts to 4096."""
+    vlm = lavish.load(FIXTURES / family / "open/checkpoint", device="cpu")
+    short, long = (vlm.chat(messages, max_new_tokens=4) for messages in (THREE_TURNS[:1], THREE_TURNS))
+    assert len(short.token_ids) <= 4
+    assert short.usage.prompt_tokens < long.usage.prompt_tokens < 200
+    ids = vlm.processor.apply_chat_template(THREE_TURNS)["input_ids"]
+    assert long.usage.prompt_tokens == ids.shape[1]
+    assert THREE_TURNS[0]["content"] in vlm.processor.decode(ids[0])
+    assert THREE_TURNS[0]["content"] not in short.text
+
+
+@BOTH
+def test_17_weights_beyond_float16_are_not_cast_in_silence(family, tmp_path):
+    """MindFormers casts bf16 to fp16 unchecked. Per tensor: test_float16_overflow_is_not_silent."""
+    weights = golden(family).weights()
+    weights["model.norm.weight"] = weights["model.norm.weight"].clone().index_fill_(0, torch.tensor([3]), 1e6)
+    for file in (FIXTURES / family / "open/checkpoint").iterdir():
+        if "safetensors" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.* too large for float16"):
+        lavish.load(tmp_path, dtype="float16", device="cpu")
 
 
 @BOTH
