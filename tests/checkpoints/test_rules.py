@@ -2,7 +2,21 @@
 
 import pytest
 
-from lavish.checkpoints.rules import Drop, Joined, Merge, Optional, Part, Rename, Rule, Split, matches, plan, reverse
+from lavish.checkpoints.rules import (
+    Drop,
+    Joined,
+    Merge,
+    Optional,
+    Part,
+    Rename,
+    Rule,
+    Split,
+    Surplus,
+    matches,
+    plan,
+    reverse,
+    without_surplus,
+)
 from lavish.common.errors import CheckpointError, ConfigError
 
 RULES = [
@@ -106,3 +120,14 @@ def test_a_split_onto_a_taken_place() -> None:
 def test_splits_and_merges_that_cannot_be(make) -> None:
     with pytest.raises(ConfigError, match=r"needs|need the same"):
         make()
+
+
+def test_surplus_is_left_out_where_the_module_has_no_place() -> None:
+    rules = [*FUSED, Surplus("layers.*.*", why="the file holds one layer more than is run")]
+    places = plan(["h.0.qkv", "h.1.qkv", "stray"], rules)
+    known = {f"layers.0.{name}" for name in "qkv"}
+    left = without_surplus(places, known, rules)
+    assert set(left.sources) == {*known, "stray"}  # what no rule names stays, and is refused later
+    assert set(left.parts) == known
+    assert set(left.dropped) == {"h.1.qkv"}
+    assert without_surplus(places, set(places.sources), rules) is places

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from lavish.checkpoints.rules import Joined, Optional, Plan, Rule, matches, plan
+from lavish.checkpoints.rules import Joined, Optional, Plan, Rule, matches, plan, without_surplus
 from lavish.checkpoints.tensor_map import ITEM_BYTES, MappedFile, TensorInfo, TensorMap
 from lavish.common.errors import CheckpointError, MissingKeys, ShapeMismatch, UnexpectedKeys, did_you_mean
 
@@ -68,7 +68,7 @@ def load_into(
     targets = {
         name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)
     }
-    places = plan(tensors, rules)
+    places = without_surplus(plan(tensors, rules), targets, rules)
     sources = places.sources
     tied = _tied(targets)
     _check_names(module, targets, tied, tensors, sources, rules)

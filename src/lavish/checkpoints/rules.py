@@ -8,7 +8,7 @@ is made once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,17 @@ class Optional:
     why: str
 
 
-Rule = Rename | Split | Merge | Drop | Optional
+@dataclass(frozen=True)
+class Surplus:
+    """What would become `target` stays unread where the module has no such place: layers that a file holds beyond
+    those that the release runs.
+    """
+
+    target: str
+    why: str
+
+
+Rule = Rename | Split | Merge | Drop | Optional | Surplus
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ def plan(names: Iterable[str], rules: Sequence[Rule]) -> Plan:
     steps = [
         (re.compile(_regex(source)), rule, index)
         for rule in rules
-        if not isinstance(rule, Optional)
+        if not isinstance(rule, Optional | Surplus)
         for index, source in enumerate(rule.sources if isinstance(rule, Merge) else (rule.source,))
         if source is not None
     ]
@@ -165,6 +175,19 @@ def plan(names: Iterable[str], rules: Sequence[Rule]) -> Plan:
         _add(made.sources, target, first, target)
         made.joined[target] = Joined(joined, rule.dim, rule.sizes)
     return Plan(made.sources, tuple(dropped), made.parts, made.joined)
+
+
+def without_surplus(places: Plan, targets: Container[str], rules: Sequence[Rule]) -> Plan:
+    """Give the plan without what rules call `Surplus` and the module, which holds `targets`, has no place for."""
+    patterns = [rule.target for rule in rules if isinstance(rule, Surplus)]
+    gone = [name for name in places.sources if name not in targets and matches(patterns, name)] if patterns else []
+    if not gone:
+        return places
+    sources, parts, joined = (
+        {name: value for name, value in table.items() if name not in gone}
+        for table in (places.sources, places.parts, places.joined)
+    )
+    return Plan(sources, places.dropped + tuple(places.sources[name] for name in gone), parts, joined)
 
 
 def reverse(rules: Sequence[Rule]) -> list[Rule]:
