@@ -301,3 +301,18 @@ def test_truncated_and_altered_files_give_typed_errors(saved: Path) -> None:
             continue
         for name in tensors:
             assert tensors[name].numel() <= 8
+
+
+def test_what_deepspeed_saves_beside_the_weights(tmp_path: Path) -> None:
+    state = {
+        "module": {"a": torch.ones(2)},
+        "param_shapes": [OrderedDict(a=torch.Size([2]))],
+        "sparse_tensor_module_names": {"embed"},
+        "none": set(),
+        "ds_config": {"zero_optimization": {"stage": 2}, "steps": 10},
+    }
+    torch.save(state, tmp_path / "mp_rank_00_model_states.pt")
+    tree = pickles.read_tree(tmp_path / "mp_rank_00_model_states.pt")
+    assert tree["module"]["a"].shape == (2,)
+    assert tree["param_shapes"] == [{"a": (2,)}]
+    assert (tree["sparse_tensor_module_names"], tree["none"]) == (("embed",), ())

@@ -41,7 +41,9 @@ STORAGE_DTYPES = {
     "torch BoolStorage": "bool",
 }
 REBUILDERS = ("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
-GLOBALS = frozenset({*STORAGE_DTYPES, *REBUILDERS, "collections OrderedDict"})
+SEQUENCES = ("torch Size", "builtins set", "__builtin__ set")
+"""What DeepSpeed writes beside the weights (shapes, names of sparse modules); read as tuples."""
+GLOBALS = frozenset({*STORAGE_DTYPES, *REBUILDERS, *SEQUENCES, "collections OrderedDict"})
 
 
 def load_tensors(path: str | Path) -> TensorMap:
@@ -266,6 +268,8 @@ class _Interpreter:
             raise UnsafeCheckpoint(f"{self.file}: its pickle calls a {type(target).__name__}; nothing of it was run.")
         if target.name == "collections OrderedDict" and arguments in ((), ([],)):
             self.stack.append({})  # dicts keep their order
+        elif target.name in SEQUENCES and len(arguments) == 1 and type(arguments[0]) in (tuple, list):
+            self.stack.append(tuple(arguments[0]))
         elif (
             target.name == "torch._utils _rebuild_parameter"
             and len(arguments) == 3
