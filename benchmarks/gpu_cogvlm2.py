@@ -170,7 +170,7 @@ def prompt(network: CogVLMForCausalLM, num_text: int) -> Prompt:
     config = network.config
     words = torch.randint(3, config.vocab_size, (num_text - 1,), generator=torch.Generator().manual_seed(0)).tolist()
     slots = config.num_image_tokens
-    return Prompt([1] + [0] * slots + words, [0] + [1] * slots + [0] * len(words), None, None)
+    return Prompt([1] + [0] * slots + words, [0] + [1] * slots + [0] * len(words))
 
 
 def tower_flops(network: CogVLMForCausalLM) -> float:

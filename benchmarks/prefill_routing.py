@@ -76,9 +76,7 @@ def prompt(network: CogVLMForCausalLM, num_text: int, seed: int) -> Prompt:
     config = network.config
     words = torch.randint(3, config.vocab_size, (num_text - 1,), generator=torch.Generator().manual_seed(seed)).tolist()
     slots = config.num_image_tokens
-    return Prompt(
-        [config.bos_token_id] + [config.pad_token_id] * slots + words, [0] + [1] * slots + [0] * len(words), None, None
-    )
+    return Prompt([config.bos_token_id] + [config.pad_token_id] * slots + words, [0] + [1] * slots + [0] * len(words))
 
 
 def pair(

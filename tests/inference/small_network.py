@@ -39,7 +39,7 @@ def make_network(device: str = "cpu") -> CogVLMForCausalLM:
 def prompt_and_features(network: CogVLMForCausalLM) -> tuple[Prompt, torch.Tensor]:
     """Ten tokens, six of them the picture's."""
     pixel_values = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1)).to(network.device)
-    prompt = Prompt([1, *[0] * 6, 5, 6, 7], [0, *[1] * 6, 0, 0, 0], pixel_values, None)
+    prompt = Prompt([1, *[0] * 6, 5, 6, 7], [0, *[1] * 6, 0, 0, 0], pixel_values)
     return prompt, CogVLMSteps(network).image_features(pixel_values)
 
 

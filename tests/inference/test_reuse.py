@@ -1,7 +1,9 @@
 """What is kept between requests: bounds, and how much of a prompt counts as the same."""
 
+import pytest
 import torch
 
+from lavish.common.errors import PromptError
 from lavish.inference.cache import SliceCache
 from lavish.inference.reuse import Conversation, ConversationStore, FeatureCache, image_runs, pixel_digest
 
@@ -34,8 +36,14 @@ def test_digests_tell_pictures_shapes_and_dtypes_apart():
 
 
 def test_image_runs():
-    assert image_runs([0, 1, 1, 0, 0, 1]) == [(1, 3), (5, 6)]
-    assert image_runs([0, 0]) == []
+    assert image_runs([0, 1, 1, 0, 0, 1, 1], 2) == [(1, 3), (5, 7)]
+    assert image_runs([1, 1, 1, 1, 0, 1, 1], 3) == [(0, 2), (2, 4), (5, 7)]  # two images without text between
+    assert image_runs([0, 0], 0) == []
+    for types, num_images in ([0, 1, 1, 1], 2), ([0, 1], 0), ([0, 0], 1):
+        with pytest.raises(PromptError, match=rf"has {sum(types)} image slots .* and {num_images} images"):
+            image_runs(types, num_images)
+    with pytest.raises(PromptError, match="torn apart"):
+        image_runs([1, 0, 1, 1, 1, 1, 1, 0], 3)
 
 
 def test_common_tokens():
@@ -45,6 +53,23 @@ def test_common_tokens():
     assert kept.num_common_tokens(new, [*IMAGE, 0, 0, 0], ("b",)) == 1
     assert kept.num_common_tokens([9, 0, 0], [0, 0, 0], ()) == 1  # text that has the placeholder's id
     assert kept.num_common_tokens([9, 0, 0, 0, 0], IMAGE, ("a",)) == 5
+
+
+def test_images_side_by_side_are_compared_one_by_one():
+    types = [0, *[1] * 4, 0, 0]
+    kept = conversation([9, 0, 0, 0, 0, 5, 6], types, ("a", "b"))
+    assert kept.num_common_tokens([9, 0, 0, 0, 0, 5, 7], types, ("a", "b")) == 6
+    assert kept.num_common_tokens([9, 0, 0, 0, 0, 5, 7], types, ("a", "c")) == 3
+    assert kept.num_common_tokens([9, 0, 0, 0, 0, 5, 7], types, ("c", "b")) == 1
+    assert kept.num_common_tokens([9, 0, 0, 0, 0, 5, 7], types, ("d",)) == 1
+
+
+def test_keys_of_another_state_are_not_reused():
+    store = ConversationStore()
+    store.put(Conversation([1, 2, 3, 4], [0] * 4, (), 4, SliceCache(1), (1.0,)))
+    assert store.take([1, 2, 3, 4, 5], [0] * 5, (), (3.0,)) == (None, 0)
+    assert store.take([1, 2, 3, 4, 5], [0] * 5, ()) == (None, 0)
+    assert store.take([1, 2, 3, 4, 5], [0] * 5, (), (1.0,))[1] == 4
 
 
 def test_the_last_token_is_always_left_to_compute():

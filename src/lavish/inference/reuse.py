@@ -10,10 +10,11 @@ import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from lavish.common.errors import ConfigError, shown
+from lavish.common.errors import ConfigError, PromptError, shown
 from lavish.inference.cache import SliceCache
 
 
@@ -64,8 +65,8 @@ class FeatureCache:
 
 @dataclass
 class Conversation:
-    """What a finished request computed: the ids and token types in its cache, the digests of its images, and the
-    cache itself.
+    """What a finished request computed: the ids and token types in its cache, the digests of its images, the cache
+    itself, and the state that its keys were computed under.
     """
 
     token_ids: list[int]
@@ -73,6 +74,7 @@ class Conversation:
     digests: tuple[str, ...]
     num_prompt_tokens: int
     cache: SliceCache
+    request_state: Any = None
 
     def extend(self, token_ids: list[int], token_type_ids: list[int]) -> None:
         """Note tokens that a pass has put into the cache."""
@@ -90,7 +92,7 @@ class Conversation:
         else:
             pairs = zip(self.token_ids, token_ids, self.token_type_ids, token_type_ids)
             common = next(i for i, (a, b, s, t) in enumerate(pairs) if a != b or s != t)
-        runs = image_runs(token_type_ids)
+        runs = image_runs(token_type_ids, len(digests))
         for index, (start, end) in enumerate(runs):
             same = self.digests[index : index + 1] == digests[index : index + 1]
             if start < common and (end > common or not same):
@@ -98,16 +100,37 @@ class Conversation:
         return common
 
 
-def image_runs(token_type_ids: list[int]) -> list[tuple[int, int]]:
-    """Give start and end of each run of image tokens (type 1)."""
-    runs, start = [], None
-    for index, kind in enumerate([*token_type_ids, 0]):
-        if kind == 1 and start is None:
-            start = index
-        elif kind == 0 and start is not None:
-            runs.append((start, index))
-            start = None
+def image_runs(token_type_ids: list[int], num_images: int) -> list[tuple[int, int]]:
+    """Give start and end of the slots (type 1) of each image; images may follow one another without text between.
+
+    Raises:
+        PromptError: the slots cannot be shared out evenly among the images.
+    """
+    slots = slots_per_image(token_type_ids, num_images)
+    runs, index = [], 0
+    while index < len(token_type_ids):
+        if token_type_ids[index] == 1:
+            runs.append((index, index + slots))
+            index += slots
+        else:
+            index += 1
+    if any(kind != 1 for start, end in runs for kind in token_type_ids[start:end]):
+        raise PromptError(f"The slots of an image are torn apart: its {slots} do not follow one another.")
     return runs
+
+
+def slots_per_image(token_type_ids: list[int], num_images: int) -> int:
+    """Give how many slots each image takes; 0 without images.
+
+    Raises:
+        PromptError: slots without an image, or numbers that do not divide.
+    """
+    found = sum(token_type_ids)
+    if num_images == 0 and found == 0:
+        return 0
+    if num_images == 0 or found % num_images or found == 0:
+        raise PromptError(f"The prompt has {found} image slots (token_type_ids 1) and {num_images} images.")
+    return found // num_images
 
 
 class ConversationStore:
@@ -123,18 +146,21 @@ class ConversationStore:
         return len(self._kept)
 
     def take(
-        self, token_ids: list[int], token_type_ids: list[int], digests: tuple[str, ...]
+        self, token_ids: list[int], token_type_ids: list[int], digests: tuple[str, ...], request_state: Any = None
     ) -> tuple[Conversation | None, int]:
         """Take out the conversation that shares the most tokens with a prompt, and say how many; (None, 0) if none is
-        worth it.
+        worth it. Keys that were computed under another state are of no use.
 
         At least the last prompt token is left to compute: its logits choose the first new token. A conversation of
         which less than half of the prompt is shared stays where it is, so that a new one does not destroy it.
         """
         with self._lock:
             best, most = None, 0
+            most_reusable = _reusable(token_type_ids, len(digests))
             for kept in reversed(self._kept):
-                common = min(kept.num_common_tokens(token_ids, token_type_ids, digests), _reusable(token_type_ids))
+                if kept.request_state != request_state:
+                    continue
+                common = min(kept.num_common_tokens(token_ids, token_type_ids, digests), most_reusable)
                 if common > most and 2 * common >= kept.num_prompt_tokens:
                     best, most = kept, common
             if best is not None:
@@ -162,10 +188,10 @@ def _bound(name: str, value: int) -> int:
     return value
 
 
-def _reusable(token_type_ids: list[int]) -> int:
+def _reusable(token_type_ids: list[int], num_images: int) -> int:
     """Give how many tokens of a prompt may come from a cache: all but the last, and no image in parts."""
     last = len(token_type_ids) - 1
-    for start, end in image_runs(token_type_ids):
+    for start, end in image_runs(token_type_ids, num_images):
         if start < last < end:
             return start
     return last

@@ -1,7 +1,8 @@
-"""The two passes of answering, per family: a prompt into the cache (prefill), and one more token a row (decode).
+"""The two passes of answering, CogVLM's: a prompt into the cache (prefill), and one more token a row (decode).
 
 They go past `forward` to the decoder, because they know what it would have to find out each time: positions, routing,
-and whether a mask is needed at all. A single sequence is decoded without a mask; nothing is stored on the network.
+and whether a mask is needed at all. A single sequence is decoded without a mask; nothing is stored on the network. The
+other families' are in `decoder_steps.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import Cache
 
 from lavish.inference.cache import SliceCache
@@ -25,18 +25,13 @@ class Prompt:
     token_ids: list[int]
     token_type_ids: list[int]
     """1 for image slots, 0 for text."""
-    pixel_values: torch.Tensor | None
-    """(1, 3, height, width), or None for a conversation without an image."""
-    digest: str | None
-    """Hash of `pixel_values`."""
+    pixel_values: torch.Tensor | None = None
+    """(images, 3, height, width) in reading order, or None for a conversation without an image."""
+    digests: tuple[str, ...] = ()
+    """Hash of each image's pixels, in order."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """The digests of the images, in order."""
-        return () if self.digest is None else (self.digest,)
 
 
 class DecodeState:
@@ -47,13 +42,13 @@ class DecodeState:
         self.attention_mask = attention_mask  # (batch, keys) bool, or None where no row is padded
 
     def grow_mask(self, num_keys: int) -> torch.Tensor | None:
-        """Give the mask for `num_keys` keys, (batch, 1, 1, keys) with True = attend, also to all after the prompt."""
+        """Give the mask for `num_keys` keys, (batch, keys) with True = attend, also to all after the prompt."""
         mask = self.attention_mask
         if mask is None:
             return None
         if mask.shape[1] < num_keys:
             mask = self.attention_mask = torch.cat([mask, mask.new_ones(mask.shape[0], num_keys)], dim=1)
-        return mask[:, None, None, :num_keys]
+        return mask[:, :num_keys]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows of the batch."""
@@ -64,6 +59,9 @@ class DecodeState:
 
 class CogVLMSteps:
     """Prefill and decode of CogVLM and CogVLM2."""
+
+    images_per_pass = 1
+    """Images that go through the tower at once."""
 
     def __init__(self, network: CogVLMForCausalLM):
         self.network = network
@@ -76,6 +74,9 @@ class CogVLMSteps:
     def device(self) -> torch.device:
         """Where token ids go."""
         return self.network.model.embed_tokens.weight.device
+
+    def request_state(self, num_tokens: int) -> None:
+        """Give what is fixed for a request by its length: nothing."""
 
     @torch.inference_mode()
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -116,11 +117,11 @@ class CogVLMSteps:
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], state: DecodeState, cache: SliceCache) -> torch.Tensor:
         """Feed one token a row. Shapes: -> logits (batch, vocab)."""
-        decoder = self.network.model
+        decoder, mask = self.network.model, state.grow_mask(cache.get_seq_length() + 1)
         hidden_states = decoder(
             inputs_embeds=decoder.embed_tokens(self._tensor([[token_id] for token_id in token_ids])),
             position_ids=state.positions,
-            attention_mask=state.grow_mask(cache.get_seq_length() + 1),
+            attention_mask=None if mask is None else mask[:, None, None],
             routing=self.text_only,
             past_key_values=cache,
         )
@@ -139,14 +140,3 @@ class CogVLMSteps:
 
     def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.device)
-
-
-def steps_for(network: nn.Module) -> CogVLMSteps:
-    """Give the steps of a network's family.
-
-    Raises:
-        TypeError: no family of lavish.
-    """
-    if isinstance(network, CogVLMForCausalLM):
-        return CogVLMSteps(network)
-    raise TypeError(f"lavish answers with its own networks; {type(network).__name__} is none of them.")

@@ -17,10 +17,11 @@ from transformers import BatchFeature
 from lavish.common import grounding
 from lavish.common.errors import ConfigError, MediaError, NumericsError, PromptError, shown
 from lavish.inference.cache import SliceCache
+from lavish.inference.decoder_steps import steps_for
 from lavish.inference.options import GenerationOptions, parse_options, read_sampling_defaults
-from lavish.inference.reuse import Conversation, ConversationStore, FeatureCache, pixel_digest
+from lavish.inference.reuse import Conversation, ConversationStore, FeatureCache, pixel_digest, slots_per_image
 from lavish.inference.sampling import Sampler, likeliest
-from lavish.inference.steps import Prompt, steps_for
+from lavish.inference.steps import Prompt
 from lavish.inference.streaming import TextStream
 
 _FIRST_ANSWER_TOKENS = 256
@@ -131,7 +132,7 @@ class ReplyStream(Iterator[str]):
         conversation, num_cached = vlm._begin(prompt)
         self._conversation, self._num_cached = conversation, num_cached
         cache = conversation.cache
-        features = vlm._features([prompt]) if any(prompt.token_type_ids[num_cached:]) else None
+        features = vlm._features([prompt], num_cached)
         logits, state = vlm._steps.prefill([prompt], features, cache, num_cached)
         conversation.extend(prompt.token_ids[num_cached:], prompt.token_type_ids[num_cached:])
         while True:
@@ -300,32 +301,46 @@ class VLM:
             token_ids=inputs["input_ids"][0].tolist(),
             token_type_ids=inputs["token_type_ids"][0].tolist(),
             pixel_values=pixel_values,
-            digest=None if pixel_values is None else pixel_digest(pixel_values[0]),
+            digests=() if pixel_values is None else tuple(pixel_digest(pixels) for pixels in pixel_values),
         )
 
     def _begin(self, prompt: Prompt) -> tuple[Conversation, int]:
         """Give a conversation whose cache holds the first tokens of the prompt, and how many."""
         token_ids, token_type_ids = prompt.token_ids, prompt.token_type_ids
-        kept, num_cached = self.conversations.take(token_ids, token_type_ids, prompt.digests)
+        request_state = self._steps.request_state(len(prompt))
+        kept, num_cached = self.conversations.take(token_ids, token_type_ids, prompt.digests, request_state)
         capacity = min(len(prompt) + _FIRST_ANSWER_TOKENS, self._steps.context_tokens)
         cache = SliceCache(self._steps.num_layers, capacity) if kept is None else kept.cache
         cache.truncate(num_cached)
-        started = Conversation(token_ids[:num_cached], token_type_ids[:num_cached], prompt.digests, len(prompt), cache)
-        return started, num_cached
+        known = token_ids[:num_cached], token_type_ids[:num_cached]
+        return Conversation(*known, prompt.digests, len(prompt), cache, request_state), num_cached
 
-    def _features(self, prompts: Sequence[Prompt]) -> torch.Tensor | None:
-        """Give the image features of the prompts that have an image, each picture computed once."""
+    def _features(self, prompts: Sequence[Prompt], num_cached: int = 0) -> torch.Tensor | None:
+        """Give the features of the prompts' images in order, each picture computed once; not of those among the first
+        `num_cached` tokens of each prompt. None without images."""
+        wanted: list[str] = []
+        pixels: dict[str, torch.Tensor] = {}
         found: dict[str, torch.Tensor] = {}
         for prompt in prompts:
-            if prompt.digest is None or prompt.pixel_values is None or prompt.digest in found:
-                continue
-            features = self.features.get(prompt.digest)
-            if features is None:
-                features = self._steps.image_features(prompt.pixel_values)[0]
-                self.features.put(prompt.digest, features)
-            found[prompt.digest] = features
-        rows = [found[prompt.digest] for prompt in prompts if prompt.digest is not None]
-        return torch.stack(rows) if rows else None
+            slots = slots_per_image(prompt.token_type_ids, len(prompt.digests))
+            first = sum(prompt.token_type_ids[:num_cached]) // slots if slots else 0
+            for digest, picture in zip(prompt.digests[first:], () if slots == 0 else prompt.pixel_values[first:]):
+                wanted.append(digest)
+                if digest in found or digest in pixels:
+                    continue
+                features = self.features.get(digest)
+                if features is None:
+                    pixels[digest] = picture
+                else:
+                    found[digest] = features
+        todo = list(pixels)
+        for start in range(0, len(todo), self._steps.images_per_pass):
+            together = todo[start : start + self._steps.images_per_pass]
+            computed = self._steps.image_features(torch.stack([pixels[digest] for digest in together]))
+            for digest, features in zip(together, computed):
+                found[digest] = features.clone() if len(together) > 1 else features  # no view keeps the others alive
+                self.features.put(digest, found[digest])
+        return torch.stack([found[digest] for digest in wanted]) if wanted else None
 
     def _choose(self, samplers: list[Sampler], logits: torch.Tensor) -> list[int]:
         """Choose a token for each row; greedy rows are reduced in one go. Shapes: logits (rows, vocab)."""

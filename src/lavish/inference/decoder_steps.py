@@ -1,0 +1,176 @@
+"""Prefill and decode of every chat network that offers the interface below; CogVLM has its own, in `steps.py`.
+
+The network says what is its own (which ids are image slots, positions, what a request fixes by its length) and runs its
+decoder; padding, the cache, the rows that are still going and the next positions are here. Nothing is stored on the
+network, so requests do not disturb each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from lavish.inference.cache import SliceCache
+from lavish.inference.steps import CogVLMSteps, DecodeState, Prompt
+from lavish.models.cogvlm.model import CogVLMForCausalLM
+
+
+@runtime_checkable
+class ChatNetwork(Protocol):
+    """What a chat network offers beside a transformers `forward`, with a module `lm_head` and a config that has
+    `num_hidden_layers`, `max_position_embeddings`, `pad_token_id` and `eos_token_id`.
+    """
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Give all that takes the place of an image's slots, in order. (images, 3, H, W) -> (images, slots, hidden)."""
+        ...
+
+    def image_slots(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Tell which ids are image slots. (batch, seq) -> bool (batch, seq)."""
+        ...
+
+    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
+        """Embed ids; features (images, slots, hidden) fill the slots in reading order. -> (batch, seq, hidden)."""
+        ...
+
+    def position_ids_from(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Give the positions, (batch, seq), each row counted from its first real token."""
+        ...
+
+    def request_state(self, num_tokens: Sequence[int]) -> tuple[Any, ...] | None:
+        """Give what is fixed for each row of a request by the number of its prompt tokens; None: nothing is."""
+        ...
+
+    def decode_hidden(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache,
+        request_state: tuple[Any, ...] | None,
+    ) -> torch.Tensor:
+        """Run the decoder, final norm included. `attention_mask` is None (no padding, causal) or (batch, keys), 1 =
+        attend, over the cached keys too. -> (batch, seq, hidden).
+        """
+        ...
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Give the table of the ids, as transformers has it."""
+        ...
+
+
+class RequestState(DecodeState):
+    """The state of one batch, and what its rows had fixed at their prefill."""
+
+    def __init__(
+        self, positions: torch.Tensor, attention_mask: torch.Tensor | None, fixed: tuple[Any, ...] | None
+    ) -> None:
+        super().__init__(positions, attention_mask)
+        self.fixed = fixed
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        super().select_rows(rows)
+        if self.fixed is not None:
+            self.fixed = tuple(self.fixed[row] for row in rows.tolist())
+
+
+class DecoderSteps:
+    """Prefill and decode of a `ChatNetwork`."""
+
+    images_per_pass = 8
+    """Images that go through the tower at once."""
+
+    def __init__(self, network: ChatNetwork):
+        self.network: Any = network  # also an nn.Module with a config
+        self.config = self.network.config
+        self.num_layers = self.config.num_hidden_layers
+        self.context_tokens = self.config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.network.get_input_embeddings().weight.device
+
+    def request_state(self, num_tokens: int) -> Any:
+        """Give what is fixed for a single request by the number of its prompt tokens."""
+        return self.network.request_state([num_tokens])
+
+    @torch.inference_mode()
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Run the tower. Shapes: (images, 3, height, width) -> (images, slots, hidden)."""
+        return self.network.get_image_features(pixel_values)
+
+    @torch.inference_mode()
+    def prefill(
+        self, prompts: Sequence[Prompt], features: torch.Tensor | None, cache: Cache, num_cached: int = 0
+    ) -> tuple[torch.Tensor, RequestState]:
+        """Put prompts into the cache; rows of different lengths are padded on the left.
+
+        `num_cached` tokens at the start of a SINGLE prompt are in the cache already; a part cached never ends inside
+        an image. `features` are those of the images that are still to come, in reading order. Shapes: features
+        (images, slots, hidden) -> logits (batch, vocab) of the last token.
+        """
+        width = max(len(prompt) for prompt in prompts)
+        pads = [width - len(prompt) for prompt in prompts]
+        pad_id = self.config.pad_token_id or 0
+        input_ids = self._tensor([[pad_id] * pad + prompt.token_ids for pad, prompt in zip(pads, prompts)])
+        mask = None
+        if any(pads):
+            mask = self._tensor([[0] * pad + [1] * len(prompt) for pad, prompt in zip(pads, prompts)]).bool()
+        position_ids = self.network.position_ids_from(input_ids, mask)
+        fixed = self.network.request_state([len(prompt) for prompt in prompts])
+        hidden_states = self.network.decode_hidden(
+            inputs_embeds=self.network.embed(input_ids[:, num_cached:], features),
+            position_ids=position_ids[:, num_cached:],
+            attention_mask=mask,
+            past_key_values=cache,
+            request_state=fixed,
+        )
+        return self._logits(hidden_states), RequestState(position_ids[:, -1:] + 1, mask, fixed)
+
+    @torch.inference_mode()
+    def decode(self, token_ids: Sequence[int], state: RequestState, cache: SliceCache) -> torch.Tensor:
+        """Feed one token a row. Shapes: -> logits (batch, vocab)."""
+        # Past `embed`: a generated id is a word, also where it is the id of an image slot.
+        inputs_embeds = self.network.get_input_embeddings()(self._tensor([[token_id] for token_id in token_ids]))
+        hidden_states = self.network.decode_hidden(
+            inputs_embeds=inputs_embeds,
+            position_ids=state.positions,
+            attention_mask=state.grow_mask(cache.get_seq_length() + 1),
+            past_key_values=cache,
+            request_state=state.fixed,
+        )
+        state.positions = state.positions + 1
+        return self._logits(hidden_states)
+
+    @torch.inference_mode()
+    def select_rows(self, rows: Sequence[int], state: RequestState, cache: SliceCache) -> None:
+        """Keep these rows of the batch, in state and cache."""
+        index = torch.tensor(rows, device=self.device)
+        state.select_rows(index)
+        cache.select_rows(index)
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.network.lm_head(hidden_states[:, -1]).float()
+
+    def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(rows, device=self.device)
+
+
+def steps_for(network: nn.Module) -> CogVLMSteps | DecoderSteps:
+    """Give the steps of a network.
+
+    Raises:
+        TypeError: it offers no `ChatNetwork`; says what it lacks.
+    """
+    if isinstance(network, CogVLMForCausalLM):
+        return CogVLMSteps(network)
+    if isinstance(network, ChatNetwork):
+        return DecoderSteps(network)
+    names = [name for name in vars(ChatNetwork) if not name.startswith("_")]
+    lacking = ", ".join(name for name in names if not hasattr(network, name))
+    raise TypeError(f"{type(network).__name__} is no network that answers as lavish's do: it lacks {lacking}.")
