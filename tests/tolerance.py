@@ -18,9 +18,30 @@ LOGITS_APART = (
 ON_CUDA = {"rtol": 0.0, "atol": 5e-4}
 """Logits of another device: what the fixtures' sheet allows for the other order of its sums."""
 
+GPT_DIALOGUE_LOGITS = {"rtol": 0.0, "atol": 2e-5}  # measured: 5.2e-6; made with transformers 4.26
+GPT_DIALOGUE_LOSS = {"rtol": 0.0, "atol": 5e-6}  # measured: 1e-6
+
 
 def close(actual: torch.Tensor, expected: torch.Tensor, factor: float = PARITY) -> None:
     """Hold a float32 tensor against the expected one; a single number has no spread but its own size."""
     spread = float(expected.std()) if expected.numel() > 1 else float(expected.abs())
     bounds = {"rtol": factor * 1e-5, "atol": factor * 2e-5 * spread}
     torch.testing.assert_close(actual.to(expected.dtype), expected, **bounds)
+
+
+QWEN_FEATURES, QWEN_LOGITS, QWEN_LOSS = 1e-4, 2e-4, 1e-5
+"""Absolute, of the sheet of CLIP + Qwen: the release's own sums of attention and rotation."""
+QWEN_TRAIN_LOSS, QWEN_TRAINED_WEIGHTS = 5e-4, 2e-3
+"""Absolute, of the same sheet: after some steps of AdamW."""
+
+
+def qwen_logits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Hold logits of a network with the Qwen v1 decoder against the release's."""
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=QWEN_LOGITS)
+
+
+GLM4V = {"rtol": 1e-4, "atol": 2e-4}
+"""GLM-4V-9B: logits and features as the fixture's sheet allows; measured: 2e-5 at logits of 8."""
+
+GLM4V_GRADIENTS = {"rtol": 1e-4, "atol": 1e-4}
+"""GLM-4V-9B: gradients and their norm, by the same sheet."""
