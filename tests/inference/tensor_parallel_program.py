@@ -44,7 +44,7 @@ def gathered(weight: torch.Tensor) -> torch.Tensor:
     return layer(torch.full((1, 1), 2.0))
 
 
-def run(family: str) -> tuple[dict, dict]:
+def run(family: str, folder: Path) -> tuple[dict, dict]:
     """Every prompt of the fixture alone, the left-padded batch, and conversations through the VLM."""
     data = golden(family)
     checkpoint = data.folder / "checkpoint"
@@ -69,9 +69,14 @@ def run(family: str) -> tuple[dict, dict]:
     told["bfloat16"] = half.chat(told["messages"], max_new_tokens=10).token_ids
     tensors["uneven.output"] = gathered(torch.arange(10.0)[:, None])
     try:
-        network.save_pretrained("never")
+        network.save_pretrained(folder / "saved")
     except ConfigError as error:
         told["save"] = str(error)
+    told["has_saved"] = (folder / "saved").exists()
+    try:
+        network.state_dict()
+    except ConfigError as error:
+        told["state"] = str(error)
     told["is_trainable"] = any(parameter.requires_grad for parameter in network.parameters())
     if dist.world_size() == 2:  # among 4, equal blocks do not even have the shape of heads
         parallel.head_spans = equal_blocks
@@ -109,8 +114,8 @@ def talk(vlm, data) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found, told = run(sys.argv[1])
     folder = Path(sys.argv[2])
+    found, told = run(sys.argv[1], folder)
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / f"{dist.rank()}.safetensors")
     (folder / f"{dist.rank()}.json").write_text(json.dumps(told))
     torch.distributed.destroy_process_group()

@@ -105,7 +105,8 @@ def features_that_do_not_divide_are_gathered_in_order(run):
 
 
 def a_share_is_neither_saved_nor_trained(run):
-    assert f"one of {run.size} shares" in run.told[0]["save"]
+    assert f"one of {run.size} shares" in run.told[0]["save"] == run.told[0]["state"]
+    assert not run.told[0]["has_saved"]
     assert not run.told[0]["is_trainable"]
 
 

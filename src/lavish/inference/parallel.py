@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,6 +119,8 @@ def load_share(
     config.dtype = dtype
     network.requires_grad_(False)  # a training step would miss the gradients of the other shares
     network.register_state_dict_pre_hook(_refuse_state_dict)
+    # Apart from the hook, because transformers writes config.json before it asks for the state.
+    network.save_pretrained = partial(_refuse_saving, network)
     return network.eval()
 
 
@@ -205,6 +208,11 @@ def shared_seeds(device: torch.device) -> random.Random:
 
 
 def _refuse_state_dict(network: nn.Module, prefix: str, keep_vars: bool) -> None:
+    _refuse_saving(network)
+
+
+def _refuse_saving(network: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Take the place of `save_pretrained`, whatever it was called with."""
     raise ConfigError(
         f"This {type(network).__name__} is one of {dist.world_size()} shares of a network (parallel='tensor'), which "
         "cannot be saved. Load it in one process to save it."
