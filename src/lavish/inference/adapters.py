@@ -7,12 +7,47 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lavish.checkpoints import hf
+from lavish.checkpoints import hf, hub
 from lavish.checkpoints.json_file import read_object
 from lavish.common.errors import CheckpointError, ConfigError, MissingDependency, MissingKeys, UnexpectedKeys
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def find_base(folder: Path) -> Path:
+    """Give the folder of the model that an adapter was trained on, as its adapter_config.json names it: a path, also
+    one relative to the adapter's folder, or a hub id.
+
+    Raises:
+        ConfigError: it names none, or one that is not there.
+    """
+    path = folder / ADAPTER_CONFIG
+    fields = read_object(path)
+    name = fields.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{path}: names no base (base_model_name_or_path); name it with base=...")
+    revision = fields.get("revision")
+    for place in (folder / name, Path(name).expanduser()):
+        if place.is_dir():
+            return _checked_base(place.resolve(), folder)
+    if name.startswith((".", "/", "~")) or not hub.is_id(name):
+        raise ConfigError(
+            f"{path}: its base {name!r} is not on this machine, neither there nor beside the adapter. Name the model "
+            "that it was trained on with base=..."
+        )
+    return _checked_base(hub.resolve(name, revision=revision if isinstance(revision, str) else None), folder)
+
+
+def _checked_base(base: Path, adapter: Path) -> Path:
+    if is_adapter(base):
+        raise ConfigError(f"{adapter / ADAPTER_CONFIG}: its base {base} is an adapter itself; give base=...")
+    return base
 
 
 def apply_adapter(network: PreTrainedModel, folder: Path, *, is_quantized: bool) -> Any:

@@ -120,7 +120,7 @@ class DecoderSteps:
         input_ids = self._tensor([[pad_id] * pad + prompt.token_ids for pad, prompt in zip(pads, prompts)])
         mask = None
         if any(pads):
-            mask = self._tensor([[0] * pad + [1] * len(prompt) for pad, prompt in zip(pads, prompts)]).bool()
+            mask = self._tensor([[0] * pad + [1] * len(prompt) for pad, prompt in zip(pads, prompts)])
         position_ids = self.network.position_ids_from(input_ids, mask)
         fixed = self.network.request_state([len(prompt) for prompt in prompts])
         hidden_states = self.network.decode_hidden(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -20,14 +20,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lavish.models as table
-from lavish.checkpoints import hf, hub
+from lavish.checkpoints import hf, hub, lavis
 from lavish.checkpoints.json_file import read_optional_object
 from lavish.checkpoints.layouts import read_config_json
 from lavish.checkpoints.loading import load_into
+from lavish.checkpoints.release import Release
 from lavish.checkpoints.tensor_map import TensorMap
-from lavish.common.errors import CheckpointError, ConfigError, check_path, did_you_mean, shown
+from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout, check_path, did_you_mean, shown
 from lavish.inference import packing
-from lavish.inference.adapters import ADAPTER_CONFIG, apply_adapter
+from lavish.inference.adapters import ADAPTER_CONFIG, apply_adapter, find_base, is_adapter
 from lavish.inference.options import read_sampling_defaults
 from lavish.inference.parallel import check_parallel, load_share, local_device, refuse_with_parallel, shared_seeds
 from lavish.inference.placement import resolve_device, resolve_dtype
@@ -78,7 +79,8 @@ def load(
           quantised, adapted or moved to a GPU; it is saved as any other. "auto": bfloat16 on a CPU, where it pays in
           every step; `lavish chat` and `lavish predict` ask for that.
         adapter: folder of a PEFT adapter to put on the network; it is not merged.
-        base: where the base is, if `path_or_hub_id` is itself an adapter's folder.
+        base: where the base is, if `path_or_hub_id` is itself an adapter's folder; default: what its
+          adapter_config.json says.
         tokenizer: folder or hub id of the tokenizer (CogVLM v1 has its own apart), or a tokenizer.
         config: fields that replace those of config.json, as a dict or a JSON or YAML file.
         rope: "reference" (the release's numbers) or "float32" for the rotary table of half-precision models; default
@@ -86,7 +88,7 @@ def load(
         revision: of a hub id.
         parallel: "tensor" shares the network among the processes that torchrun started, on as many GPUs or on the CPU.
           All of them load, make the same calls one after the other, and get the same answers.
-        pieces: parts of composite releases by name; CogVLM has none.
+        pieces: parts of a composite release that are elsewhere, by name: `llm=`, `vision_tower=` ...
 
     Raises:
         ConfigError: a wrong option, an unknown piece, a config that lacks a field or contradicts itself, or no such
@@ -98,9 +100,10 @@ def load(
     check_quantization(quantization, quantize_vision)
     check_parallel(parallel)
     target = resolve_device(device) if parallel is None else local_device(device)
-    folder, adapter = _folders(path_or_hub_id, adapter, base, revision)
+    parts = {name: hub.resolve(_checked_piece(name, value)) for name, value in pieces.items()}
+    folder, adapter = _folders(path_or_hub_id, adapter, base, revision, parts)
     overrides = _overrides(config, rope)
-    release = _open(folder, overrides, pieces)
+    release = _open(folder, overrides, parts)
     weight_dtype = resolve_dtype(dtype, _stored_dtype(release.tensors), target)
     if release.is_int8 and quantization is not None:
         raise ConfigError(f"{folder} was saved in int8 already; load it without quantization={quantization!r}.")
@@ -111,9 +114,7 @@ def load(
         pack, dtype=weight_dtype, device=target, is_quantized=is_quantized, has_adapter=adapter is not None
     )
     # Before the weights: a wrong tokenizer is found in a second, not after minutes of reading.
-    processor = release.family.processor_class.from_pretrained(folder, tokenizer=tokenizer)
-    if overrides:  # which the folder's own files do not have
-        processor = release.family.processor_class.from_config(release.config, processor.tokenizer)
+    processor = release.processor(tokenizer, is_overridden=bool(overrides))
     if parallel is not None:
         refuse_with_parallel(is_quantized=is_quantized, has_adapter=adapter is not None)
         network = load_share(release.family, release.config, release.tensors, dtype=weight_dtype, device=target)
@@ -136,6 +137,18 @@ def _check_names(path: Any, adapter: Any, base: Any, tokenizer: Any, revision: A
         raise ConfigError(f"revision must be a branch, tag or commit of a hub id, not {shown(revision)}.")
 
 
+def _checked_piece(name: str, value: Any) -> str | Path:
+    if name not in known_pieces():
+        _check_pieces({name: value}, table.FAMILIES[0])
+    check_path(value, name)
+    return value
+
+
+def known_pieces() -> tuple[str, ...]:
+    """Names of the pieces of all families."""
+    return tuple(dict.fromkeys(name for row in table.FAMILIES for name in row.pieces))
+
+
 def read_fields(path: Path) -> dict[str, Any]:
     """Read config fields from a JSON or YAML file.
 
@@ -156,7 +169,11 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def _folders(
-    path: str | Path | None, adapter: str | Path | None, base: str | Path | None, revision: str | None
+    path: str | Path | None,
+    adapter: str | Path | None,
+    base: str | Path | None,
+    revision: str | None,
+    pieces: Iterable[str] = (),
 ) -> tuple[Path, Path | None]:
     """Give the folder of the network, and that of an adapter."""
     if revision is not None and (path is None or os.path.exists(path)):
@@ -171,58 +188,109 @@ def _folders(
             )
         return POCKET, None if adapter is None else hub.resolve(adapter)
     folder = hub.resolve(path, revision=revision)
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder) and table.detect_composite(folder, pieces) is None:
         if adapter is not None:
             raise ConfigError(f"{folder} is itself an adapter, and adapter= names another; give base= and one adapter.")
-        if base is None:
-            raise ConfigError(f"{folder} is an adapter; name the model that it was trained on with base=...")
-        return hub.resolve(base), folder
+        return find_base(folder) if base is None else hub.resolve(base), folder
     if base is not None:
         raise ConfigError(f"base= was given, but {folder} is no adapter (no {ADAPTER_CONFIG}); use adapter= for one.")
     return folder, None if adapter is None else hub.resolve(adapter)
 
 
 @dataclass(frozen=True)
-class _Release:
-    """A folder before its weights are read."""
+class _Opened:
+    """A release before its weights are read."""
 
-    folder: Path
+    path: Path
+    """Its folder, or its file."""
     config_dict: dict[str, Any]
-    """config.json as it is."""
+    """config.json as it is, or what stands for it."""
     family: table.Family
     config: Any
     """The family's config, with what the caller replaced."""
     tensors: TensorMap
     generation_config: dict[str, Any]
     sampling_defaults: dict[str, float]
+    release: Release | None = None
+    """Where it came in pieces."""
+
+    def processor(self, tokenizer: Any, *, is_overridden: bool) -> Any:
+        """Make the processor; `is_overridden`: the config has what the folder's own files do not."""
+        make = self.family.processor_class
+        if self.release is not None:
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                where = self.release.tokenizer if tokenizer is None else hub.resolve(tokenizer)
+                tokenizer = self.release.load_tokenizer(where)
+            return make.from_config(self.config, tokenizer)
+        processor = make.from_pretrained(self.path, tokenizer=tokenizer)
+        return make.from_config(self.config, processor.tokenizer) if is_overridden else processor
 
     @property
     def is_int8(self) -> bool:
         return is_saved_int8(self.config_dict)
 
 
-def _open(folder: Path, overrides: dict[str, Any], pieces: Mapping[str, Any]) -> _Release:
+def _open(path: Path, overrides: dict[str, Any], pieces: Mapping[str, Path]) -> _Opened:
+    family = find_composite(path, pieces)
+    if family is None:
+        return _open_folder(path, overrides, pieces)
+    _check_pieces(pieces, family)
+    release = family.open_release(path, pieces)
+    config = family.read_config(release.fields, str(path), **overrides)
+    sampling_defaults = read_sampling_defaults(release.generation_config, f"{path}: generation_config.json")
+    return _Opened(
+        path=path,
+        config_dict=release.fields,
+        family=family,
+        config=config,
+        tensors=release.tensors,
+        generation_config=release.generation_config,
+        sampling_defaults=sampling_defaults,
+        release=release,
+    )
+
+
+def find_composite(path: Path, pieces: Iterable[str]) -> table.Family | None:
+    """Give the family of a release in pieces, or of a single `.pth` file; None where a config.json says what it is."""
+    family = table.detect_composite(path, pieces)
+    if family is None and path.is_file() and path.suffix in hf.PICKLE_SUFFIXES:
+        family = table.detect_by_keys(lavis.read(path))
+        if family is None:
+            known = sorted({mark for row in table.FAMILIES for mark in row.key_marks})
+            raise UnknownLayout(
+                f"{path}: its tensors are of no model that lavish reads from a single file; it knows names that begin "
+                f"with {', '.join(known) or 'nothing'}. Give the folder that holds config.json and the weights."
+            )
+    return family
+
+
+def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Mapping[str, Any]) -> _Opened:
     config_dict = read_config_json(folder)
     family = table.detect_family(config_dict, str(folder / "config.json"))
-    _refuse_pieces(pieces, family.name)
+    _check_pieces(pieces, family, is_whole=True)
     config = family.read_config(config_dict, str(folder / "config.json"), **overrides)
     answering = folder / "generation_config.json"
     generation_config = read_optional_object(answering)
     sampling_defaults = read_sampling_defaults(generation_config, str(answering))
     tensors = hf.read(folder)
     family.check_version(config, tensors, str(folder))
-    return _Release(folder, config_dict, family, config, tensors, generation_config, sampling_defaults)
+    return _Opened(folder, config_dict, family, config, tensors, generation_config, sampling_defaults)
 
 
-def _refuse_pieces(pieces: Mapping[str, Any], family: str) -> None:
-    if not pieces:
-        return
-    name = next(iter(pieces))
-    known = [name for name, value in signature(load).parameters.items() if value.kind is value.KEYWORD_ONLY]
-    raise ConfigError(
-        f"lavish.load got {name!r}: no option, and the family {family!r} is one network without pieces."
-        f"{did_you_mean(name, known)} Options: {', '.join(known)}."
-    )
+def _check_pieces(pieces: Mapping[str, Any], family: table.Family, *, is_whole: bool = False) -> None:
+    """Refuse a keyword that is no piece of the family, and every piece of a release that `is_whole`."""
+    options = [name for name, value in signature(load).parameters.items() if value.kind is value.KEYWORD_ONLY]
+    known = () if is_whole else family.pieces
+    for name in pieces:
+        if name in known:
+            continue
+        if is_whole and name in family.pieces:
+            raise ConfigError(f"{name}= was given, but the folder has a config.json: it holds all pieces already.")
+        what = f"has the pieces {', '.join(known)}" if known else "is one network without pieces"
+        raise ConfigError(
+            f"lavish.load got {name!r}: no option, and the family {family.name!r} {what}."
+            f"{did_you_mean(name, [*known, *options])} Options: {', '.join(options)}."
+        )
 
 
 def _overrides(config: Mapping[str, Any] | str | Path | None, rope: str | None) -> dict[str, Any]:
@@ -247,7 +315,7 @@ def _stored_dtype(tensors: TensorMap) -> torch.dtype:
 
 
 def _load_network(
-    release: _Release,
+    release: _Opened,
     dtype: torch.dtype,
     device: torch.device,
     quantization: str | None,
@@ -277,14 +345,14 @@ def _load_network(
 
 
 def _talking(
-    path: str | Path | None, release: _Release, network: Any, processor: Any, new_seed: Callable[[], int] | None
+    path: str | Path | None, release: _Opened, network: Any, processor: Any, new_seed: Callable[[], int] | None
 ) -> VLM:
     """Put the parts together, with what the folder says about answering."""
     return VLM(
         network,
         processor,
         name=str(path or "pocket"),
-        grounding=_is_grounding(path, release.folder, release.config_dict),
+        grounding=_is_grounding(path, release.path, release.config_dict),
         eos_token_ids=_eos_token_ids(release.generation_config, release.config),
         sampling_defaults=release.sampling_defaults,
         new_seed=new_seed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,32 @@ def detect_family(config: Mapping[str, Any], where: str) -> Family:
         f"{where} names {found}, and lavish knows the architectures {', '.join(known)}.{suggestion} "
         "Other models load with transformers itself."
     )
+
+
+def detect_composite(path: Path, pieces: Iterable[str]) -> Family | None:
+    """Give the family whose release comes in pieces and that `path` (a folder or a file) is or belongs to: by the names
+    of the pieces that were given, else by the files. None: no such release, which a config.json describes."""
+    given = set(pieces)
+    for row in FAMILIES:
+        if given.intersection(row.piece_marks):
+            return row
+    if path.is_dir() and (path / "config.json").is_file():
+        return None
+    for row in FAMILIES:
+        if path.is_file() and any(fnmatch(path.name, pattern.rpartition("/")[2]) for pattern in row.marks):
+            return row
+        if path.is_dir() and any(next(path.glob(pattern), None) is not None for pattern in row.marks):
+            return row
+    return None
+
+
+def detect_by_keys(names: Iterable[str]) -> Family | None:
+    """Give the family of a single `.pth` file by the names of its tensors, or None."""
+    known = list(names)
+    for row in FAMILIES:
+        if any(name.startswith(row.key_marks) for name in known if row.key_marks):
+            return row
+    return None
 
 
 class ModelZoo(Mapping[str, ZooEntry]):
