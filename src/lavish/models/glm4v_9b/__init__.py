@@ -1,0 +1,1 @@
+"""GLM-4V-9B: config, network, tokenizer, processor and the rules for its weights."""
