@@ -27,6 +27,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "blip_question": "lavish.processors.blip_processors:BlipQuestionProcessor",
         "clip_image_eval": "lavish.processors.blip_processors:ClipImageEvalProcessor",
         "clip_image_train": "lavish.processors.blip_processors:ClipImageTrainProcessor",
+        "gpt_dialogue": "lavish.processors.gpt_processors:GPTDialogueTextProcessor",
+        "gpt_video_ft": "lavish.processors.gpt_processors:GPTVideoFeatureProcessor",
     },
     "builder": {},
     "task": {"scenes": "lavish.tasks.scenes:ScenesTask"},

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, GPT2Model, PreTrainedModel
+from transformers import GenerationMixin, GPT2Model
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
@@ -43,17 +43,12 @@ class GPTDialogueOutput(CausalLMOutputWithPast):
     """Mean square error of the foretold frames."""
 
 
-class GPTDialogueLMHeadModel(PreTrainedModel, GenerationMixin):
+class GPTDialogueLMHeadModel(GPT2PreTrainedModel, GenerationMixin):
     """GPT-2 with `video_ff`, which makes a frame an embedding, and `video_ff_out`, which makes it a frame again."""
 
     config: GPTDialogueConfig
     config_class = GPTDialogueConfig
-    base_model_prefix = "transformer"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["GPT2Block"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: GPTDialogueConfig):
@@ -63,8 +58,6 @@ class GPTDialogueLMHeadModel(PreTrainedModel, GenerationMixin):
         self.video_ff = nn.Linear(config.len_video_ft, config.n_embd)
         self.video_ff_out = nn.Linear(config.n_embd, config.len_video_ft)
         self.post_init()
-
-    _init_weights = GPT2PreTrainedModel._init_weights
 
     def forward(
         self,
@@ -89,8 +82,8 @@ class GPTDialogueLMHeadModel(PreTrainedModel, GenerationMixin):
             video_fts: (batch, frames, len_video_ft), padded on the right; None: text alone.
             position_ids: ignored: transformers' `generate` passes them, and its own do not count the frames.
             labels: (batch, frames + seq); negative ids are ignored (LAVIS writes -1, transformers -100). None: no text
-                loss. The video loss is there whenever there are frames and labels, or more than the prompt is asked.
-            logits_to_keep: logits of the last so many columns only; 0: of all.
+                loss. The video loss is there whenever there are frames, unless `logits_to_keep` cuts the output.
+            logits_to_keep: logits of the last so many columns only; 0, and with labels: of all.
             compat: "lavis": positions count padded columns, and padded frames are targets of the video loss.
         Raises:
             ConfigError: an unknown `compat`.
@@ -169,8 +162,8 @@ class GPTDialogueLMHeadModel(PreTrainedModel, GenerationMixin):
         needed = int(position_ids.max()) + 1
         if needed > limit:
             raise PromptError(
-                f"A sample of {needed} positions (frames and tokens) was given and this network has {limit}. Take fewer "
-                "turns or frames, or collate with too_long='cut'."
+                f"A sample of {needed} positions (frames and tokens) was given and this network has {limit}. Take "
+                "fewer turns or frames, or collate with too_long='cut'."
             )
 
     # -- generation: transformers' loop --------------------------------------------------------------------------------
