@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lavish.common.errors import CheckpointError, PromptError
-from lavish.processors.qwen import ChatML, Slots, load_qwen_tokenizer, refuse_typed_image, special_ids
+from lavish.processors.qwen_tokenizer import ChatML, Slots, load_qwen_tokenizer, refuse_typed_image, special_ids
 from lavish.processors.tokenizers import encode_plain
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
