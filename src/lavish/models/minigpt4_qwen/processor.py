@@ -1,0 +1,587 @@
+"""MiniGPT4-Qwen: chat messages, pictures and videos to model inputs, ids back to text.
+
+Source: Coobiw/MPP-LLaVA, minigpt4qwen.py (preprocess), chat_utils.py (make_context), webui_demo.py. The format is
+ChatML; in a user's turn each picture stands as `<Img>` + slots + `</Img>`, a video as one such pair around the slots of
+all its frames. `<Img>` and `</Img>` are ordinary text. Nothing here runs the network, and a prompt that is longer than
+the context is refused in `lavish.inference`, not here.
+
+What a user typed never becomes a special token or a slot; the release makes both of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from lavish.checkpoints.json_file import read_object, read_optional_object
+from lavish.common.errors import CheckpointError, ConfigError, MediaError, PromptError, check_path, shown
+from lavish.common.media import MediaLimits, open_image
+from lavish.common.messages import ImagePart, Message, TextPart, is_batch, normalize, turns
+from lavish.common.video import read_frames
+from lavish.models.minigpt4_qwen.config import MiniGPT4QwenConfig, read_config
+from lavish.processors.pixels import CLIP_MEAN, CLIP_STD, resize_two_pass, to_rgb
+from lavish.processors.pixels import normalize as normalize_pixels
+from lavish.processors.qwen_tokenizer import IM_END, IM_START, IMAGE, ChatML, Content, Slots, load_qwen_tokenizer
+from lavish.processors.tokenizers import encode_plain
+
+IGNORE_INDEX = -100
+PLACE = "<ImageHere>"
+"""Where a picture stands in a text, as the release's datasets and demos write it."""
+MAX_FRAMES = 32
+"""Frames of a video, as the release trains (1024 slots)."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one picture: what `open_image` takes, or None where the caller has the pixels already."""
+
+    source: Any = None
+
+
+Piece = str | Slot
+
+
+@dataclass
+class Row:
+    """One encoded, unpadded row, and its pictures in order."""
+
+    input_ids: list[int] = field(default_factory=list)
+    token_type_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], *, is_learnt: bool = False, kind: int = 0) -> None:
+        """Put ids at the end."""
+        self.input_ids += ids
+        self.token_type_ids += [kind] * len(ids)
+        self.labels += list(ids) if is_learnt else [IGNORE_INDEX] * len(ids)
+
+    def join(self, other: Row) -> None:
+        """Put another row at the end."""
+        self.input_ids += other.input_ids
+        self.token_type_ids += other.token_type_ids
+        self.labels += other.labels
+        self.images += other.images
+
+
+class MiniGPT4QwenProcessor(ProcessorMixin):
+    """Turn chat messages into MiniGPT4-Qwen inputs and ids into text.
+
+    `image_size` is the side of the square picture in pixels, `num_image_tokens` the slots that it takes,
+    `max_window_size` the tokens (slots counted) that the system message and past turns of a prompt may take.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_size: int,
+        num_image_tokens: int,
+        system_message: str = "You are a helpful assistant.",
+        max_window_size: int = 6144,
+    ):
+        super().__init__(tokenizer)
+        self.image_size = image_size
+        self.num_image_tokens = num_image_tokens
+        self.system_message = system_message
+        self.max_window_size = max_window_size
+        # The special ids come from the tokenizer: they follow its ranks, which are not 151643 in every checkpoint.
+        self._chatml = ChatML(tokenizer)
+        self._ids = self._chatml.ids
+
+    @classmethod
+    def from_config(cls, config: MiniGPT4QwenConfig, tokenizer: PreTrainedTokenizerBase) -> MiniGPT4QwenProcessor:
+        """Pair a tokenizer with the sizes of a model config.
+
+        Raises:
+            ConfigError: the tokenizer's special ids are not the model's.
+        """
+        found = tokenizer.convert_tokens_to_ids(IMAGE)
+        if found != config.image_token_id:
+            raise ConfigError(
+                f"The tokenizer's id of {IMAGE!r} is {found} ({len(tokenizer)} ids) and the model's is "
+                f"{config.image_token_id}: the tokenizer belongs to another model. Name the right one with "
+                "tokenizer=..."
+            )
+        if config.image_size is None:
+            raise ConfigError("config: image_size is absent; the processor takes the size of the picture from it.")
+        return cls(
+            tokenizer,
+            image_size=config.image_size,
+            num_image_tokens=config.num_query_tokens,
+            system_message=config.system_message,
+            max_window_size=config.max_window_size,
+        )
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool | None = None,
+        _from_auto: bool = False,
+    ) -> MiniGPT4QwenProcessor:
+        """Read a folder that `save_pretrained` wrote; released pieces go through `lavish.load`.
+
+        `trust_remote_code` and `_from_auto` are what `AutoProcessor` passes along; they change nothing, since no code
+        of a checkpoint is ever run.
+
+        Raises:
+            CheckpointError: config.json or the tokenizer is absent or damaged.
+            ConfigError: the tokenizer belongs to another model.
+        """
+        folder = _folder(pretrained_model_name_or_path, revision)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = load_qwen_tokenizer(folder if tokenizer is None else _folder(tokenizer, None))
+        saved = read_optional_object(folder / "processor_config.json")
+        fields = ("image_size", "num_image_tokens", "system_message", "max_window_size")
+        if saved.get("processor_class") == cls.__name__ and all(name in saved for name in fields):
+            return cls(tokenizer, **{name: saved[name] for name in fields})
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: no config.json and no processor_config.json of a saved model. Released pieces are loaded "
+                "with lavish.load(folder)."
+            )
+        return cls.from_config(read_config(read_object(folder / "config.json"), str(folder / "config.json")), tokenizer)
+
+    # Prompts
+
+    def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        messages: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        return_tensors: str | None = "pt",
+        padding_side: str = "left",
+        return_labels: bool = False,
+        compat: str | None = None,
+        allow_paths: bool = True,
+        allow_urls: bool = False,
+        limits: MediaLimits | None = None,
+        num_frames: int = MAX_FRAMES,
+    ) -> Any:
+        """Render one conversation or a list of them in ChatML, and encode it.
+
+        A picture stands where its part stands among the texts of its message; where texts hold `<ImageHere>`, the
+        pictures of that message take these places in order. Without a system message the model's own goes first. Past
+        turns that do not fit into `max_window_size` are left out, oldest first, with their pictures.
+
+        With `return_labels` the layout is that of training: `labels` hold the answers, and of every turn the markers
+        and the newline after it, as the release trains; -100 elsewhere. `compat="release"` reads special tokens in what
+        a user typed, as the release does when it trains.
+
+        Shapes: input_ids, attention_mask, token_type_ids (1 = image slot), labels (batch, seq) int64; pixel_values
+        (images, 3, size, size) float32 in reading order, absent without an image. With `return_tensors=None` lists of
+        ids, flat for a single conversation. With `tokenize=False` the text alone, a picture as `<ImageHere>`; with
+        `return_dict=False` the ids alone.
+
+        Raises:
+            PromptError: messages out of order, places and pictures that do not fit, nothing to answer or to learn.
+            MediaError: a picture or video that cannot or must not be opened.
+        """
+        if chat_template not in (None, "chat"):
+            raise PromptError(f"chat_template={shown(chat_template)} is unknown; this family has one, 'chat'.")
+        _check_compat(compat)
+        conversations = messages if is_batch(messages) else [messages]
+
+        def frames(source: Any) -> list[Any]:
+            return read_frames(source, num_frames, allow_paths=allow_paths)
+
+        rows, texts = [], []
+        for index, conversation in enumerate(conversations):
+            try:
+                spoken = self._spoken(normalize(conversation), frames)
+                _check_end(spoken.is_finished, add_generation_prompt, return_labels)
+                if not tokenize:
+                    texts.append(self._text(spoken, add_generation_prompt))
+                elif return_labels:
+                    rows.append(self._training_row(spoken, is_live=compat is not None))
+                else:
+                    rows.append(self._prompt_row(spoken))
+            except (PromptError, MediaError) as error:
+                if len(conversations) == 1:
+                    raise
+                raise type(error)(f"Conversation {index} of {len(conversations)}: {error}") from error
+        if not tokenize:
+            return texts if is_batch(messages) else texts[0]
+        pictures = [
+            open_image(source, limits=limits or MediaLimits(), allow_paths=allow_paths, allow_urls=allow_urls)
+            for row in rows
+            for source in row.images
+        ]
+        is_single = not is_batch(messages)
+        batch = self._collate(rows, pictures, padding_side, return_labels, return_tensors, is_single)
+        return batch if return_dict else batch["input_ids"]
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = "pt",
+        padding_side: str = "left",
+    ) -> BatchFeature:
+        """Encode prompts that are rendered already: `<|im_start|>` and `<|im_end|>` in them are the markers.
+
+        What a user typed belongs into `apply_chat_template`. `images` are the pictures of all texts in the order of
+        their `<ImageHere>`; None leaves the pixels to the caller.
+
+        Raises:
+            PromptError: no text, or another number of pictures than of places.
+        """
+        texts = [text] if isinstance(text, str) else list(text or ())
+        if not texts or not all(isinstance(one, str) for one in texts):
+            raise PromptError(f"text must be a string or a list of strings, not {shown(text)}.")
+        rows = [self._row(_split_places(one), is_live=True) for one in texts]
+        pictures: list[Any] = []
+        if images is not None:
+            given = list(images) if isinstance(images, list | tuple) else [images]
+            _check_count(sum(len(row.images) for row in rows), len(given), "The texts")
+            pictures = [open_image(picture) for picture in given]
+        return self._collate(rows, pictures, padding_side, False, return_tensors, is_single=isinstance(text, str))
+
+    def preprocess(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        max_length: int = 512,
+        *,
+        system_message: str | None = None,
+        compat: str | None = None,
+        cut_images: bool = False,
+    ) -> BatchFeature:
+        """Encode samples of the release's datasets for training: lists of {"from": "user"|"assistant", "value": text}.
+
+        Padded to `max_length` on the right, and cut there. A picture whose slots would be cut off is an error;
+        `cut_images` lets it go with the text behind it, and `num_images` says how many each sample has left.
+        `compat="release"` gives the release's ids: special tokens that a user typed are live, and a cut takes slots
+        and leaves pictures.
+
+        Shapes: input_ids, labels, attention_mask, token_type_ids (batch, max_length); num_images (batch,).
+        Raises:
+            PromptError: no turn of a user, an unknown role, or slots beyond `max_length`.
+        """
+        _check_compat(compat)
+        rows = []
+        for index, turns_of_one in enumerate(conversations):
+            row = self._training_row(_from_release(turns_of_one, system_message, index), is_live=compat is not None)
+            rows.append(self._cut(row, max_length, index, cut_images, is_checked=compat is None))
+        batch = self._collate(rows, [], "right", True, "pt", is_single=False, width=max_length)
+        batch["num_images"] = torch.tensor([len(row.images) for row in rows])
+        return batch
+
+    # Conversation -> pieces
+
+    def _spoken(self, messages: list[Message], frames: Callable[[Any], list[Any]]) -> Spoken:
+        system, rounds = turns(messages)
+        questions = [_user_pieces(turn.user, frames) for turn in rounds]
+        answers = [turn.answer.text() for turn in rounds if turn.answer is not None]
+        return Spoken(None if system is None else system.text(), questions, answers)
+
+    def _text(self, spoken: Spoken, add_generation_prompt: bool) -> str:
+        def mark(role: str, content: str) -> str:
+            return f"{IM_START}{role}\n{content}{IM_END}"
+
+        parts = [mark("system", self._system(spoken))]
+        for index, question in enumerate(spoken.questions):
+            parts.append(mark("user", "".join(p if isinstance(p, str) else PLACE for p in question)))
+            if index < len(spoken.answers):
+                parts.append(mark("assistant", spoken.answers[index]))
+        if add_generation_prompt and not spoken.is_finished:
+            parts.append(f"{IM_START}assistant\n")
+        return "\n".join(parts)
+
+    def _system(self, spoken: Spoken) -> str:
+        return self.system_message if spoken.system is None else spoken.system
+
+    # Pieces -> ids
+
+    def _prompt_row(self, spoken: Spoken) -> Row:
+        """Encode for generation: what stands between two markers is encoded in one piece, as the release does.
+
+        Trap: the release counts `<ImageHere>` in the window as text, a handful of tokens instead of the slots, and
+        drops the slots of an old turn without its picture. Here a turn goes with its pictures.
+        """
+        *past, question = [self._content(pieces) for pieces in spoken.questions]
+        answers = [*spoken.answers, None][: len(spoken.questions)]
+        system = self._system(spoken)
+        finished = [(asked, answer) for asked, answer in zip(past, answers) if answer is not None]
+        first = self._chatml.num_dropped(system, finished, self.max_window_size)
+        ids = self._chatml.system(system)
+        for asked, answer in [*finished[first:], (question, answers[-1])]:
+            ids += self._chatml.turn(asked, answer)
+        row = Row()
+        row.add(ids)
+        row.token_type_ids = [int(token_id == self._ids.image) for token_id in ids]
+        row.images = [one.source for pieces in spoken.questions[first:] for one in pieces if isinstance(one, Slot)]
+        return row
+
+    def _content(self, pieces: Sequence[Piece]) -> Content:
+        return [Slots(self.num_image_tokens) if isinstance(piece, Slot) else piece for piece in pieces]
+
+    def _training_row(self, spoken: Spoken, *, is_live: bool) -> Row:
+        """Encode for training: each piece on its own, and a newline after every turn."""
+        newline = self._chatml.newline
+        row = Row()
+
+        def add(role: str, content: Sequence[Piece], is_answer: bool) -> None:
+            inner = self._row(content, is_live=is_live)
+            if is_answer:
+                inner.labels = list(inner.input_ids)
+            row.add([self._ids.im_start], is_learnt=True)
+            row.add(encode_plain(self.tokenizer, role) + newline)
+            row.join(inner)
+            row.add([self._ids.im_end, *newline], is_learnt=True)
+
+        add("system", [self._system(spoken)], False)
+        for index, question in enumerate(spoken.questions):
+            add("user", question, False)
+            if index < len(spoken.answers):
+                add("assistant", [spoken.answers[index]], True)
+        return row
+
+    def _row(self, content: Sequence[Piece], *, is_live: bool) -> Row:
+        """Encode texts and slots. `is_live` reads special tokens in the texts; else no string becomes one."""
+        row = Row()
+        for piece in _joined(content):
+            if isinstance(piece, Slot):
+                row.add([self._ids.image] * self.num_image_tokens, kind=1)
+                row.images.append(piece.source)
+            elif is_live:
+                self._add_live(row, piece)
+            else:
+                row.add(encode_plain(self.tokenizer, piece))
+        return row
+
+    def _add_live(self, row: Row, text: str) -> None:
+        special = self.tokenizer.get_added_vocab()
+        for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
+            if part in special:
+                row.add([special[part]], kind=int(special[part] == self._ids.image))
+            elif part:
+                row.add(encode_plain(self.tokenizer, part))
+
+    def _cut(self, row: Row, max_length: int, index: int, cut_images: bool, *, is_checked: bool) -> Row:
+        length = len(row.input_ids)
+        if length <= max_length:
+            return row
+        end, num_images = max_length, len(row.images)
+        lost = sum(row.token_type_ids[max_length:])
+        if lost and is_checked:
+            left, torn = divmod(sum(row.token_type_ids[:max_length]), self.num_image_tokens)
+            if not cut_images:
+                raise PromptError(
+                    f"Sample {index}: {length} tokens, of which max_length keeps {max_length}; {lost} image slots lie "
+                    f"behind that, and {left} of {num_images} images would stay whole. Give a larger max_length, a "
+                    "shorter text, or cut_images=True."
+                )
+            num_images, end = left, max_length
+            if torn:  # the slots of this picture begin before the cut: they end the row
+                starts = [i for i, kind in enumerate(row.token_type_ids) if kind == 1]
+                end = starts[left * self.num_image_tokens]
+        cut = Row(row.input_ids[:end], row.token_type_ids[:end], row.labels[:end], row.images[:num_images])
+        return cut
+
+    def _collate(
+        self,
+        rows: list[Row],
+        pictures: list[Any],
+        padding_side: str,
+        return_labels: bool,
+        return_tensors: str | None,
+        is_single: bool,
+        width: int = 0,
+    ) -> BatchFeature:
+        if padding_side not in ("left", "right"):
+            raise PromptError(
+                f"padding_side={padding_side!r} is unknown; use 'left' (generation) or 'right' (training)."
+            )
+        if return_tensors not in (None, "pt", "np"):
+            raise PromptError(f"return_tensors={return_tensors!r} is unknown; use 'pt', 'np' or None.")
+        width = max(width, *(len(row.input_ids) for row in rows))
+
+        def pad(values: list[int], fill: int) -> list[int]:
+            padding = [fill] * (width - len(values))
+            return padding + values if padding_side == "left" else values + padding
+
+        data: dict[str, Any] = {
+            "input_ids": [pad(row.input_ids, self._ids.end_of_text) for row in rows],
+            "attention_mask": [pad([1] * len(row.input_ids), 0) for row in rows],
+            "token_type_ids": [pad(row.token_type_ids, 0) for row in rows],
+        }
+        if return_labels:
+            data["labels"] = [pad(row.labels, IGNORE_INDEX) for row in rows]
+        if return_tensors is None and is_single:
+            data = {name: values[0] for name, values in data.items()}
+        if return_tensors is not None:
+            data = {name: np.asarray(values, dtype=np.int64) for name, values in data.items()}
+        if pictures:
+            data["pixel_values"] = np.stack([self._pixels(picture) for picture in pictures])
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    # Images
+
+    def pixel_values(
+        self, image: Any, *, allow_paths: bool = True, allow_urls: bool = False, limits: MediaLimits | None = None
+    ) -> torch.Tensor:
+        """Give one picture as the tower takes it: LAVIS's `blip_image_eval`.
+
+        RGB, bicubic with antialiasing to a square in two passes (the aspect ratio is not kept), CLIP mean and std.
+
+        Shapes: (3, size, size), float32.
+        """
+        picture = open_image(image, limits=limits or MediaLimits(), allow_paths=allow_paths, allow_urls=allow_urls)
+        return torch.from_numpy(self._pixels(picture))
+
+    def _pixels(self, picture: Any) -> np.ndarray:
+        size = (self.image_size, self.image_size)
+        return normalize_pixels(resize_two_pass(to_rgb(picture), size), CLIP_MEAN, CLIP_STD)
+
+    # Text
+
+    def decode(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> str:
+        """Give the text of ids, without special tokens unless asked.
+
+        Bytes of a character that is not complete yet become U+FFFD; ids beyond the tokenizer give no text.
+
+        Raises:
+            PromptError: what is no id: a negative one (the -100 of labels), a text.
+        """
+        ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else token_ids
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        for token_id in ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**31:
+                hint = " Labels of -100 are no tokens; leave them out." if token_id == IGNORE_INDEX else ""
+                raise PromptError(f"decode takes token ids, whole numbers from 0, and found {shown(token_id)}.{hint}")
+        known = [token_id for token_id in ids if token_id < len(self.tokenizer)]
+        return self.tokenizer.decode(known, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def batch_decode(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Give the text of each row of ids, as `decode`."""
+        if isinstance(sequences, str | bytes) or not isinstance(sequences, Iterable):
+            raise PromptError(f"batch_decode takes rows of token ids, not {shown(sequences)}.")
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A conversation as pieces: the system message, if any, the questions, and the answers that there are."""
+
+    system: str | None
+    questions: list[list[Piece]]
+    answers: list[str]
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the last question has its answer."""
+        return len(self.answers) == len(self.questions)
+
+
+def _user_pieces(message: Message, frames: Callable[[Any], list[Any]]) -> list[Piece]:
+    """Give the pieces of a user's message: a picture in its place, a video as all its frames in one."""
+    shown_parts = [
+        [Slot(part.source)] if isinstance(part, ImagePart) else [Slot(frame) for frame in frames(part.source)]
+        for part in message.parts
+        if not isinstance(part, TextPart)
+    ]
+    places = sum(part.text.count(PLACE) for part in message.parts if isinstance(part, TextPart))
+    if places:
+        each_frame = [[slot] for slots in shown_parts for slot in slots]
+        filling = each_frame if places == len(each_frame) else shown_parts
+        _check_count(places, len(filling), "The message")
+        return _fill(_split_places(message.text()), filling)
+    pieces: list[Piece] = []
+    remaining = iter(shown_parts)
+    was_text = False
+    for part in message.parts:
+        if isinstance(part, TextPart):
+            pieces += [f" {part.text}" if was_text else part.text]
+        else:
+            pieces += ["<Img>", *next(remaining), "</Img>"]
+        was_text = isinstance(part, TextPart)
+    return pieces
+
+
+def _fill(pieces: Sequence[Piece], filling: Iterable[Sequence[Slot]]) -> list[Piece]:
+    slots = iter(filling)
+    return [one for piece in pieces for one in (next(slots) if isinstance(piece, Slot) else [piece])]
+
+
+def _split_places(text: str) -> list[Piece]:
+    pieces: list[Piece] = []
+    for index, part in enumerate(text.split(PLACE)):
+        pieces += [Slot(), part] if index else [part]
+    return pieces
+
+
+def _joined(content: Sequence[Piece]) -> list[Piece]:
+    """Join neighbouring texts: byte pairs reach over their border."""
+    pieces: list[Piece] = []
+    for piece in content:
+        if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+            pieces[-1] += piece
+        elif piece != "":
+            pieces.append(piece)
+    return pieces
+
+
+def _from_release(sample: Sequence[Mapping[str, str]], system_message: str | None, index: int) -> Spoken:
+    """Read a sample of the release's datasets; a first turn that is not the user's is left out, as there."""
+    for turn in sample:
+        if turn.get("from") not in ("user", "assistant") or not isinstance(turn.get("value"), str):
+            raise PromptError(
+                f"Sample {index}: a turn must be {{'from': 'user' or 'assistant', 'value': text}}, not {shown(turn)}."
+            )
+    spoken = list(sample[1:] if sample and sample[0]["from"] == "assistant" else sample)
+    expected = ["user", "assistant"] * len(spoken)
+    if not spoken or [turn["from"] for turn in spoken] != expected[: len(spoken)]:
+        raise PromptError(f"Sample {index}: turns must alternate from a user's on; found {len(sample)} turns.")
+    questions = [_split_places(turn["value"]) for turn in spoken[::2]]
+    return Spoken(system_message, questions, [turn["value"] for turn in spoken[1::2]])
+
+
+def _check_count(places: int, given: int, what: str) -> None:
+    if places != given:
+        raise PromptError(
+            f"{what} hold(s) {places} place(s) {PLACE} and {given} image(s) were given; each image needs one place and "
+            "each place one image."
+        )
+
+
+def _check_compat(compat: str | None) -> None:
+    if compat not in (None, "release", "mpp"):
+        raise PromptError(f"compat={shown(compat)} is unknown; use None, or 'release' (also called 'mpp').")
+
+
+def _check_end(is_finished: bool, add_generation_prompt: bool, return_labels: bool) -> None:
+    if return_labels and not is_finished:
+        raise PromptError(
+            "return_labels needs a conversation that ends with an answer; its last message has role 'user'."
+        )
+    if is_finished and not return_labels and add_generation_prompt:
+        raise PromptError(
+            "The conversation ends with an answer, so there is nothing to generate: add a question, or pass "
+            "add_generation_prompt=False (or return_labels=True for training)."
+        )
+
+
+def _folder(name_or_path: str | Path, revision: str | None) -> Path:
+    check_path(name_or_path, "the folder")
+    if os.path.isdir(name_or_path):
+        return Path(name_or_path)
+    from lavish.checkpoints import hub  # only a hub name needs it
+
+    return hub.resolve(str(name_or_path), revision=revision)
