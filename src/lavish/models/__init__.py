@@ -151,6 +151,18 @@ FAMILIES: tuple[Family, ...] = (
         processor="CogVLMProcessor",
         has_manifest=True,
     ),
+    Family(
+        name="minigpt4_qwen",
+        model_type="minigpt4_qwen",
+        architectures=("MiniGPT4QwenForConditionalGeneration",),
+        package="lavish.models.minigpt4_qwen",
+        config="MiniGPT4QwenConfig",
+        model="MiniGPT4QwenForConditionalGeneration",
+        processor="MiniGPT4QwenProcessor",
+        marks=("eva*.pth", "*/eva*.pth", "layer_*-model_states.pt", "mp_rank_00_model_states.pt"),
+        piece_marks=("eva", "blip2", "qformer"),
+        key_marks=("llm_proj.", "llm_model."),
+    ),
 )
 
 _COGVLM = "CogVLM model licence (research; commercial use after registration)"
