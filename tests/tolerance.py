@@ -21,6 +21,13 @@ ON_CUDA = {"rtol": 0.0, "atol": 5e-4}
 GPT_DIALOGUE_LOGITS = {"rtol": 0.0, "atol": 2e-5}  # measured: 5.2e-6; made with transformers 4.26
 GPT_DIALOGUE_LOSS = {"rtol": 0.0, "atol": 5e-6}  # measured: 1e-6
 
+BLIP_IMAGES = 5e-6
+"""Image states of BLIP: its sheet's bound; 0.0 was measured. An epsilon of 1e-5 in the tower moves them by 2.1e-5."""
+BLIP_LOGITS = 2e-5
+"""Logits and losses of BLIP: its sheet's bound; 0.0 was measured, but for a padded question (1.2e-5)."""
+BLIP_PADDED = 5e-5
+"""Answers to a question with padding against those without: its sheet's bound. Without the mask they move by 3.45."""
+
 
 def close(actual: torch.Tensor, expected: torch.Tensor, factor: float = PARITY) -> None:
     """Hold a float32 tensor against the expected one; a single number has no spread but its own size."""

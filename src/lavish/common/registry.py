@@ -16,7 +16,13 @@ from lavish.common.errors import ConfigError, did_you_mean
 Class = TypeVar("Class", bound=type)
 
 BUILT_IN: dict[str, dict[str, str]] = {
-    "model": {"cogvlm": "lavish.models.cogvlm.model:CogVLMForCausalLM"},
+    "model": {
+        "blip_caption": "lavish.models.blip.samples:BlipCaption",
+        "blip_feature_extractor": "lavish.models.blip.samples:BlipFeatureExtractor",
+        "blip_vqa": "lavish.models.blip.samples:BlipVQA",
+        "cogvlm": "lavish.models.cogvlm.model:CogVLMForCausalLM",
+        "gpt_dialogue": "lavish.models.gpt_dialogue.samples:GPTDialogue",
+    },
     "processor": {
         "base_instruction": "lavish.processors.blip_processors:BaseInstructionProcessor",
         "base_text": "lavish.processors.blip_processors:BaseTextProcessor",

@@ -49,6 +49,9 @@ class Family:
     opener: str | None = None
     """"module:function" that loads what is no chat network, (path, device, dtype, config) -> model; see
     `inference/lavis_models.py`."""
+    renames_adapters: bool = False
+    """True if our modules have other names than the release's, so that its adapters need `weights.native_adapter`:
+    (fields of adapter_config.json, tensors) -> both as they fit our modules."""
     capabilities: tuple[str, ...] = ("chat", "stream", "batch")
     """What a loaded model of the family can do, of `CAPABILITIES`."""
 
@@ -105,6 +108,11 @@ class Family:
     def rules(self) -> Any:
         """Renaming rules from the released tensors to the network's."""
         return self._get("weights", "RULES")
+
+    @property
+    def native_adapter(self) -> Any:
+        """What turns a released adapter into one for our modules; None where they have the release's names."""
+        return self._get("weights", "native_adapter") if self.renames_adapters else None
 
     @property
     def tensor_parallel_plan(self) -> Any:
@@ -378,3 +386,11 @@ def _size(num_bytes: int) -> str:
 
 
 model_zoo = ModelZoo()
+
+_LAVIS_CALLS = ("load_model", "load_model_and_preprocess", "load_preprocess")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAVIS_CALLS:  # they need torch
+        return getattr(import_module("lavish.models.loading"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

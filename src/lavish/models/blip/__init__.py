@@ -1,0 +1,1 @@
+"""BLIP as LAVIS ships it: captions, visual question answering, features; see docs/blip.md."""

@@ -1,0 +1,160 @@
+"""From a LAVIS file or a transformers folder to network and processor.
+
+Sizes of a LAVIS file come from the model type's YAML. As soon as a caller or a file beside it gives fields (a config,
+LAVIS's med_config.json), the sizes that the tensors tell count before the YAML's; head counts are in no file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BlipConfig, PreTrainedTokenizerBase
+
+from lavish.checkpoints import hf, lavis
+from lavish.checkpoints.json_file import read_object, read_optional_object
+from lavish.checkpoints.loading import load_into
+from lavish.checkpoints.tensor_map import TensorMap
+from lavish.common.errors import CheckpointError, ConfigError
+from lavish.models.blip.config import (
+    ARCHITECTURES,
+    SECTIONS,
+    TOP_LEVEL,
+    check_fields,
+    lavis_config,
+    layered,
+    read_config,
+    read_med_config,
+)
+from lavish.models.blip.model import NETWORKS, resize_positions
+from lavish.models.blip.processor import BlipProcessor, fetch_vocabulary, find_tokenizer, load_tokenizer
+from lavish.models.blip.weights import architecture_of, complete, rules_for, stored_sizes
+
+logger = logging.getLogger(__name__)
+
+CONFIG, MED_CONFIG = "config.json", "med_config.json"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caller asks for besides the path."""
+
+    architecture: str | None = None
+    """transformers' name; None: what the file is."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """Config fields of the model type's YAML."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Config fields of the caller, over all others."""
+    prompt: str | None = None
+    max_txt_len: int | None = None
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None
+    dtype: torch.dtype = torch.float32
+    device: str | torch.device = "cpu"
+
+
+def open_network(path: str | Path, wanted: Wanted) -> tuple[Any, BlipProcessor]:
+    """Load weights with all that belongs to them.
+
+    Raises:
+        CheckpointError: weights or tokenizer are absent, damaged, of another model, or do not fit the config.
+        ConfigError: fields that are wrong or contradict the file.
+    """
+    path = Path(path)
+    if _is_transformers(path):
+        tensors = hf.read(path)
+        config = read_config(read_object(path / CONFIG), str(path / CONFIG), **wanted.given)
+        architecture = _checked(config.architectures[0], wanted.architecture, path)
+        tokenizer = load_tokenizer(path if wanted.tokenizer is None else wanted.tokenizer)
+        processor = BlipProcessor.from_folder(config, path, tokenizer)
+    else:
+        tensors = hf.read(path) if path.suffix == ".safetensors" else lavis.read(path)
+        architecture = wanted.architecture or architecture_of(tensors, str(path))
+        tokenizer = _tokenizer(tensors.path.parent, wanted.tokenizer)
+        config = _config_of_file(tensors, architecture, tokenizer, wanted)
+        processor = BlipProcessor.from_config(config, tokenizer)
+    if wanted.prompt is not None or wanted.max_txt_len is not None:
+        processor.prompt = processor.prompt if wanted.prompt is None else wanted.prompt
+        processor.max_txt_len = wanted.max_txt_len or processor.max_txt_len
+    return _load(tensors, config, architecture, wanted), processor
+
+
+def new_network(architecture: str, wanted: Wanted) -> tuple[Any, BlipProcessor]:
+    """Make a network with drawn weights: LAVIS's `load_finetuned: False, load_pretrained: False`."""
+    tokenizer = load_tokenizer(fetch_vocabulary() if wanted.tokenizer is None else wanted.tokenizer)
+    fields = layered(wanted.base, check_fields(wanted.given, "config"))
+    config = lavis_config(fields, _ids(tokenizer), architecture, "config")
+    processor = BlipProcessor.from_config(
+        config, tokenizer, *(value for value in (wanted.prompt, wanted.max_txt_len) if value is not None)
+    )
+    return NETWORKS[architecture](config).to(device=wanted.device, dtype=wanted.dtype), processor
+
+
+def _is_transformers(path: Path) -> bool:
+    """Whether a folder's config.json is of its weights; beside a `.pth` file it only adds fields."""
+    return (path / CONFIG).is_file() and not any(path.glob(f"*{lavis.SUFFIX}"))
+
+
+def _checked(found: str, asked: str | None, path: Path) -> str:
+    if asked not in (None, found):
+        names = {network: name for name, network in ARCHITECTURES.items()}
+        raise CheckpointError(f"{path}: is a {found}, and {names[asked]!r} was asked; load it as {names[found]!r}.")
+    return found
+
+
+def _tokenizer(folder: Path, given: str | Path | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    return load_tokenizer(given if given is not None else find_tokenizer(folder) or fetch_vocabulary())
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase) -> Any:
+    return BlipProcessor(tokenizer).special_ids
+
+
+def _config_of_file(
+    tensors: TensorMap, architecture: str, tokenizer: PreTrainedTokenizerBase, wanted: Wanted
+) -> BlipConfig:
+    beside = _beside(tensors.path.parent)
+    given = layered(beside, check_fields(wanted.given, "config"))
+    sizes = stored_sizes(tensors, rules_for(architecture, tensors)) if given else {}
+    where = str(tensors.path)
+    for section in SECTIONS:
+        width, heads = sizes.get(section, {}).get("hidden_size"), "num_attention_heads"
+        if width not in (None, wanted.base[section]["hidden_size"]) and heads not in given.get(section, {}):
+            raise ConfigError(
+                f"{where}: the tensors of {section} are {width} wide and those of this model type "
+                f"{wanted.base[section]['hidden_size']}; no file tells how many heads share them. Give "
+                f"config={{{section!r}: {{{heads!r}: ...}}}}, or another model type."
+            )
+    fields = layered(wanted.base, sizes, given)
+    if "encoder_hidden_size" not in given.get("text_config", {}):
+        fields["text_config"].pop("encoder_hidden_size", None)  # the tower's width, by its config
+    return lavis_config(fields, _ids(tokenizer), architecture, where)
+
+
+def _beside(folder: Path) -> dict[str, Any]:
+    """Give the config fields that lie beside a LAVIS file: a config.json, else LAVIS's med_config.json."""
+    config = read_optional_object(folder / CONFIG)
+    if any(name in config for name in SECTIONS):
+        return check_fields({name: config[name] for name in TOP_LEVEL if name in config}, str(folder / CONFIG))
+    med = read_med_config(read_optional_object(folder / MED_CONFIG))
+    return {"text_config": med} if med else {}
+
+
+def _load(tensors: TensorMap, config: BlipConfig, architecture: str, wanted: Wanted) -> Any:
+    rules = rules_for(architecture, tensors)
+    image_size = config.vision_config.image_size
+    # The network is built for the grid of the file, and resized once its positions are read.
+    stored = stored_sizes(tensors, rules)["vision_config"].get("image_size", image_size)
+    config.vision_config.image_size = stored
+    with torch.device("meta"):
+        network = NETWORKS[architecture](config)
+    absent = load_into(network, tensors, dtype=wanted.dtype, device=wanted.device, rules=rules)
+    complete(network, absent)
+    if stored != image_size:
+        logger.info("%s: positions of %d px are resized to %d px", tensors.path, stored, image_size)
+        resize_positions(network.vision_model, image_size)
+    config.dtype = wanted.dtype
+    return network.eval()

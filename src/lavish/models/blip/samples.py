@@ -1,0 +1,554 @@
+"""BLIP behind LAVIS's interface of samples: `blip_caption`, `blip_vqa` and `blip_feature_extractor`.
+
+A sample is a dict with `image` (batch, 3, size, size), as the processor `blip_image_eval` makes it, or pictures, and
+`text_input`. Source: salesforce/LAVIS, lavis/models/blip_models/{blip_caption,blip_vqa,blip_feature_extractor,
+blip_image_text_matching}.py and blip_outputs.py for the names of the results.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from lavish.common.errors import ConfigError, DataError, PromptError, did_you_mean, shown
+from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
+from lavish.models.blip.beam_search import Rules, generate
+from lavish.models.blip.config import ARCHITECTURES, TOP_LEVEL
+from lavish.models.blip.model import IGNORE_INDEX, answer_losses, caption_labels
+from lavish.models.blip.opening import Wanted, new_network, open_network
+from lavish.models.blip.processor import DECODE_TOKEN, ENCODE_TOKEN, BlipProcessor
+
+logger = logging.getLogger(__name__)
+
+NUCLEUS_PENALTY = 1.1
+"""`repetition_penalty` of nucleus sampling in LAVIS, whatever the caller asks; here where the caller asks nothing."""
+SECTION_KEYS = (
+    *TOP_LEVEL,
+    *("arch", "model_type", "pretrained", "finetuned", "load_pretrained", "load_finetuned"),
+    *("prompt", "max_txt_len", "image_size", "embed_dim", "vit_drop_path_rate", "tokenizer"),
+)
+"""What a `model` section may hold."""
+
+
+@dataclass
+class BlipIntermediateOutput(ModelOutput):
+    """What a loss was computed from."""
+
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    encoder_output: torch.Tensor | None = None
+    decoder_output: Any = None
+    decoder_labels: torch.Tensor | None = None
+
+
+@dataclass
+class BlipOutput(ModelOutput):
+    """A training step: `loss` is minimised; the others are its parts."""
+
+    loss: torch.Tensor | None = None
+    loss_lm: torch.Tensor | None = None
+    intermediate_output: BlipIntermediateOutput | None = None
+
+
+@dataclass
+class BlipOutputFeatures(ModelOutput):
+    """Features: (batch, patches + 1 or seq, hidden), those that end in `_proj` (..., embed_dim) of length 1."""
+
+    image_embeds: torch.Tensor | None = None
+    image_embeds_proj: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    text_embeds_proj: torch.Tensor | None = None
+    multimodal_embeds: torch.Tensor | None = None
+
+
+class BlipBase(BaseModel):
+    """What the three share: loading, pictures, questions of a sample."""
+
+    arch: ClassVar[str] = ""
+
+    def __init__(self, network: Any, processor: BlipProcessor) -> None:
+        super().__init__()
+        self.network = network
+        self.processor = processor
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> BlipBase:
+        """Make the model of a `model` section; it downloads the weights that the section names.
+
+        Raises:
+            ConfigError: an unknown key or a wrong value.
+            CheckpointError: weights that cannot be fetched or do not fit.
+        """
+        section = read_fields(cfg)
+        return cls._open(section, _released(section), {}, None, torch.float32, "cpu")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_type: str | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        config: Any = None,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> BlipBase:
+        """Load a model type: the released weights, or `checkpoint` in their place.
+
+        Args:
+            model_type: a key of `PRETRAINED_MODEL_CONFIG_DICT`; None is the first of them.
+            checkpoint: a LAVIS `.pth` (path, folder that holds it, URL) or a transformers folder of BLIP.
+            config: what no LAVIS file records, as a dict or JSON or YAML file: `vision_config`, `text_config` (head
+                counts above all), `image_text_hidden_size`, `prompt`, `max_txt_len`, `image_size`.
+            tokenizer: folder or hub id of bert-base-uncased, or a tokenizer; None: beside the checkpoint, else fetched.
+            dtype: of the weights.
+            device: of the weights.
+            options: more keys of the `model` section.
+
+        Raises:
+            ConfigError: no such type, an unknown key, or fields that contradict the file.
+            CheckpointError: weights or tokenizer that are absent, damaged or of another model.
+        """
+        if model_type is None:
+            model_type = next(iter(cls.PRETRAINED_MODEL_CONFIG_DICT))
+        section = model_section(cls.default_config_path(model_type), None, options)
+        weights = checkpoint if checkpoint is not None else _released(section)
+        return cls._open(section, weights, read_fields(config), tokenizer, dtype, device)
+
+    @classmethod
+    def _open(
+        cls,
+        section: Mapping[str, Any],
+        weights: str | Path | None,
+        given: Mapping[str, Any],
+        tokenizer: str | Path | PreTrainedTokenizerBase | None,
+        dtype: torch.dtype,
+        device: str | torch.device,
+    ) -> BlipBase:
+        for fields in (section, given):
+            for key in fields:
+                if key not in SECTION_KEYS:
+                    raise ConfigError(f"model.{key} is no setting of {cls.arch!r}.{did_you_mean(key, SECTION_KEYS)}")
+        settings = {**section, **given}
+        wanted = Wanted(
+            architecture=ARCHITECTURES[cls.arch],
+            base=_fields(section),
+            given=_fields(given),
+            prompt=settings.get("prompt"),
+            max_txt_len=settings.get("max_txt_len"),
+            tokenizer=tokenizer if tokenizer is not None else settings.get("tokenizer"),
+            dtype=dtype,
+            device=device,
+        )
+        if weights is None:
+            return cls(*new_network(ARCHITECTURES[cls.arch], wanted))
+        return cls(*open_network(local_file(weights), wanted))
+
+    def load_checkpoint(self, url_or_filename: str | Path) -> None:
+        """Replace the weights by those of another file of the same sizes, strictly.
+
+        Raises:
+            CheckpointError: absent, damaged, or tensors that are missing, unexpected or of another shape.
+        """
+        config = self.network.config
+        sections = {"vision_config": config.vision_config, "text_config": config.text_config}
+        wanted = Wanted(
+            architecture=config.architectures[0],
+            base={name: section.to_dict() for name, section in sections.items()},
+            tokenizer=self.processor.tokenizer,
+            dtype=self.network.dtype,
+            device=self.device,
+        )
+        is_training = self.network.training
+        self.network = open_network(local_file(url_or_filename), wanted)[0].train(is_training)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that transformers and lavish load: config.json, model.safetensors, tokenizer, pixels."""
+        self.network.save_pretrained(str(folder))
+        self.processor.save_pretrained(folder)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures it takes, in pixels."""
+        return self.processor.image_processor.image_size
+
+    def image_states(self, samples: Mapping[str, Any]) -> torch.Tensor:
+        """Give the tower's states of a sample's pictures: (batch, patches + 1, hidden)."""
+        return self.network.vision_model(pixel_values=self._pixels(samples)).last_hidden_state
+
+    def _pixels(self, samples: Mapping[str, Any]) -> torch.Tensor:
+        if "image" not in samples:
+            raise DataError(f"The samples have no 'image'; they have {', '.join(map(str, samples)) or 'nothing'}.")
+        image = samples["image"]
+        pixels = image if isinstance(image, torch.Tensor) else self.processor.pixels(image)
+        size = self.image_size
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
+            hint = "; add the batch: image.unsqueeze(0)" if pixels.ndim == 3 else ""
+            raise DataError(f"image has the shape {tuple(pixels.shape)} and must be (batch, 3, {size}, {size}){hint}.")
+        return pixels.to(device=self.device, dtype=self.network.dtype)
+
+    def _texts(self, samples: Mapping[str, Any], count: int | None) -> list[str]:
+        """Give `text_input` as a list, one text for each of `count` pictures."""
+        if "text_input" not in samples:
+            raise DataError(f"The samples have no 'text_input'; they have {', '.join(map(str, samples)) or 'nothing'}.")
+        given = samples["text_input"]
+        texts = [given] if isinstance(given, str) else list(given)
+        if count is not None and len(texts) != count:
+            raise DataError(f"The number of texts ({len(texts)}) must equal the number of images ({count}).")
+        return texts
+
+    def _moved(self, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return pair[0].to(self.device), pair[1].to(self.device)
+
+    def _rules(self, **options: Any) -> Rules:
+        text = self.network.config.text_config
+        return Rules(eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id, **options)
+
+
+def _released(section: Mapping[str, Any]) -> str | None:
+    """Name the weights of a `model` section: the finetuned file, else the pretrained one, else none."""
+    if section.get("load_finetuned", True) and section.get("finetuned"):
+        return section["finetuned"]
+    return section.get("pretrained") if section.get("load_pretrained", True) else None
+
+
+def _fields(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the config fields of a section; three of them have short forms in LAVIS."""
+    fields = {name: section[name] for name in TOP_LEVEL if name in section}
+    vision = dict(fields.get("vision_config") or {})
+    for name, target in (("image_size", "image_size"), ("vit_drop_path_rate", "drop_path_rate")):
+        if name in section:
+            vision[target] = section[name]
+    if vision:
+        fields["vision_config"] = vision
+    if "embed_dim" in section:
+        fields["image_text_hidden_size"] = section["embed_dim"]
+    return fields
+
+
+class BlipCaption(BlipBase):
+    """Captions."""
+
+    arch = "blip_caption"
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        "base_coco": "configs/models/blip_caption_base_coco.yaml",
+        "large_coco": "configs/models/blip_caption_large_coco.yaml",
+    }
+
+    def forward(self, samples: Mapping[str, Any]) -> BlipOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Give the loss of captions; `text_input` holds the prompt already, which is not learnt."""
+        image_embeds = self.image_states(samples)
+        input_ids, attention_mask = self._moved(self.processor.captions(self._texts(samples, len(image_embeds))))
+        prompt_length = len(self.processor.prompt_ids(self.processor.prompt))
+        labels = caption_labels(input_ids, attention_mask, prompt_length)
+        output = self.network.text_decoder(
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, labels=labels
+        )
+        parts = BlipIntermediateOutput(image_embeds=image_embeds, decoder_output=output, decoder_labels=labels)
+        return BlipOutput(loss=output.loss, loss_lm=output.loss, intermediate_output=parts)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: Mapping[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 3,
+        max_length: int = 30,
+        min_length: int = 10,
+        top_p: float = 0.9,
+        repetition_penalty: float | None = None,
+        num_captions: int = 1,
+        prompt: str | Sequence[str] | None = None,
+        length_penalty: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        generator: torch.Generator | None = None,
+    ) -> list[str]:
+        """Caption each picture of the samples, `num_captions` times.
+
+        Args:
+            samples: with `image`, and maybe `prompt`.
+            use_nucleus_sampling: draw, instead of searching with beams; `num_beams` counts for beams only, `top_p`,
+                `top_k` and `temperature` for drawing only.
+            num_beams: any number; 1 is greedy.
+            max_length: of the ids, the prompt's (4 of "a picture of ") counted.
+            min_length: as `max_length`.
+            top_p: share of the nucleus.
+            repetition_penalty: None is 1.0 with beams and 1.1 in drawing, which LAVIS takes whatever is asked.
+            num_captions: captions of each picture, one after the other; beams give the same one.
+            prompt: what captions begin with, one for all or one a picture; None: of the samples, else the model's.
+            length_penalty: exponent of a beam's length; with 0 short captions win.
+            temperature: below 1 likelier, above 1 more varied.
+            top_k: the most tokens to draw from; 0 is all.
+            generator: source of random numbers; None: torch's own.
+
+        Raises:
+            ConfigError: a wrong option, or a prompt that fills `max_length`.
+        """
+        if repetition_penalty is None:
+            repetition_penalty = NUCLEUS_PENALTY if use_nucleus_sampling else 1.0
+        if isinstance(num_captions, bool) or not isinstance(num_captions, int) or num_captions < 1:
+            raise ConfigError(f"num_captions is {shown(num_captions)} and must be a whole number above 0.")
+        rules = self._rules(
+            max_length=max_length,
+            min_length=min_length,
+            num_beams=1 if use_nucleus_sampling else num_beams,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            do_sample=use_nucleus_sampling,
+            top_p=top_p,
+            top_k=top_k,
+            temperature=temperature,
+        )
+        states = self.image_states(samples)
+        prompts = self._prompts(samples.get("prompt") if prompt is None else prompt, len(states))
+        if use_nucleus_sampling:
+            states = states.repeat_interleave(num_captions, 0)
+            return self._continue([text for text in prompts for _ in range(num_captions)], states, rules, generator)
+        captions = self._continue(prompts, states, rules, generator)
+        return [caption for caption in captions for _ in range(num_captions)]
+
+    def _prompts(self, prompt: str | Sequence[str] | None, count: int) -> list[str]:
+        if prompt is None or isinstance(prompt, str):
+            return [self.processor.prompt if prompt is None else prompt] * count
+        if len(prompt) != count:
+            raise PromptError(f"{len(prompt)} prompts and {count} images: give one prompt, or one for each image.")
+        return list(prompt)
+
+    def _continue(
+        self, prompts: Sequence[str], states: torch.Tensor, rules: Rules, generator: torch.Generator | None
+    ) -> list[str]:
+        """Caption with prompts, those of one length together; the text is cut after as many characters as the prompt.
+
+        LAVIS's cut: where the first piece glues to the prompt's last word, it loses that piece's first letter.
+        """
+        ids = [self.processor.prompt_ids(prompt) for prompt in prompts]
+        captions = [""] * len(prompts)
+        for length in sorted({len(row) for row in ids}):
+            rows = [index for index, row in enumerate(ids) if len(row) == length]
+            prompt_ids = torch.tensor([ids[index] for index in rows], device=self.device)
+            found = generate(self.network.text_decoder, prompt_ids, states[rows], None, rules, generator)
+            for index, text in zip(rows, self.processor.decode(found), strict=True):
+                captions[index] = text[len(prompts[index]) :]
+        return captions
+
+
+class BlipVQA(BlipBase):
+    """Visual question answering."""
+
+    arch = "blip_vqa"
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        "vqav2": "configs/models/blip_vqa_vqav2.yaml",
+        "okvqa": "configs/models/blip_vqa_okvqa.yaml",
+        "aokvqa": "configs/models/blip_vqa_aokvqa.yaml",
+    }
+
+    def forward(self, samples: Mapping[str, Any]) -> BlipOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Give the loss of answers: each one's summed loss times its weight, over the number of questions.
+
+        `answer` holds the answers of all questions one after the other, `n_answers` how many each question has, and
+        `weight` the share of annotators that gave each; numbers may be tensors or lists.
+        """
+        image_embeds, states, mask = self._read(samples)
+        counts = torch.as_tensor(samples["n_answers"], device=self.device)
+        answers, weight = list(samples["answer"]), torch.as_tensor(samples["weight"], device=self.device)
+        if len(counts) != len(states) or int(counts.sum()) != len(answers) or weight.shape != (len(answers),):
+            raise DataError(
+                f"{len(states)} questions, n_answers {counts.tolist()}, {len(answers)} answers and {weight.numel()} "
+                "weights: n_answers has a number for each question, and they add up to the answers and the weights."
+            )
+        input_ids, attention_mask = self._moved(self.processor.answers(answers))
+        labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+        losses, logits = answer_losses(
+            self.network.text_decoder,
+            input_ids,
+            attention_mask,
+            states.repeat_interleave(counts, 0),
+            mask.repeat_interleave(counts, 0),
+        )
+        loss = (weight.to(losses.dtype) * losses).sum() / len(states)
+        parts = BlipIntermediateOutput(
+            image_embeds=image_embeds, encoder_output=states, decoder_output=logits, decoder_labels=labels
+        )
+        return BlipOutput(loss=loss, loss_lm=loss, intermediate_output=parts)
+
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: Mapping[str, Any],
+        num_beams: int = 3,
+        inference_method: str = "rank",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: Sequence[str] | None = None,
+        prompt: str = "",
+        compat: str | None = None,
+    ) -> list[str]:
+        """Answer the question of each picture.
+
+        Args:
+            samples: with `image` and `text_input`, one question for each picture; a single one may be a string.
+            num_beams: of "generate"; any number, 1 is greedy.
+            inference_method: "generate" writes an answer, "rank" takes the likeliest of `answer_list`.
+            max_len: most ids of an answer, the first one (`[DEC]`) counted.
+            min_len: least ids.
+            num_ans_candidates: how many answers, the best by their first token, are scored as a whole.
+            answer_list: the answers to choose from.
+            prompt: a text with `{}` in the place of the question.
+            compat: "lavis" attends the padding of a question in "generate", as the release does, so that an answer
+                depends on the other questions of its batch.
+
+        Raises:
+            ConfigError: a wrong option, or "rank" without answers.
+            DataError: another number of questions than of pictures.
+        """
+        if inference_method not in ("rank", "generate"):
+            raise ConfigError(
+                f"inference_method is {shown(inference_method)}; it is 'rank' or 'generate'."
+                f"{did_you_mean(str(inference_method), ('rank', 'generate'))}"
+            )
+        if compat not in (None, "lavis"):
+            raise ConfigError(f"compat={shown(compat)} is unknown; use None or 'lavis'.")
+        if inference_method == "rank":
+            candidates, scores = self.rank_answers(samples, answer_list, num_ans_candidates, prompt)
+            best = candidates.gather(1, scores.argmax(1, keepdim=True))[:, 0].tolist()
+            return [list(answer_list or ())[index] for index in best]
+        _, states, mask = self._read(samples, prompt)
+        rules = self._rules(max_length=max_len, min_length=min_len, num_beams=num_beams)
+        first = self.processor.tokenizer.convert_tokens_to_ids(DECODE_TOKEN)
+        prompt_ids = torch.full((len(states), 1), int(str(first)), device=self.device)
+        found = generate(self.network.text_decoder, prompt_ids, states, None if compat == "lavis" else mask, rules)
+        return self.processor.decode(found)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        samples: Mapping[str, Any],
+        answer_list: Sequence[str] | None,
+        num_ans_candidates: int = 128,
+        prompt: str = "",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score the answers whose first token is likeliest.
+
+        Gives their places in `answer_list` and their scores, minus the summed label-smoothed loss of the whole answer:
+        both (questions, candidates), likeliest first token first.
+        """
+        if not answer_list or isinstance(answer_list, str):
+            raise ConfigError("inference_method='rank' chooses among answers: give answer_list=['yes', 'no', ...].")
+        if isinstance(num_ans_candidates, bool) or not isinstance(num_ans_candidates, int) or num_ans_candidates < 1:
+            raise ConfigError(f"num_ans_candidates is {shown(num_ans_candidates)} and must be a whole number above 0.")
+        _, states, mask = self._read(samples, prompt)
+        input_ids, attention_mask = self._moved(self.processor.answers(list(answer_list)))
+        count = min(num_ans_candidates, len(answer_list))
+        probabilities = self.first_token_logits(states, mask).softmax(-1)
+        _, places = probabilities[:, input_ids[:, 1]].topk(count, dim=1)  # (questions, candidates)
+        scores = []
+        for question, rows in enumerate(places):
+            losses, _ = answer_losses(
+                self.network.text_decoder,
+                input_ids[rows],
+                attention_mask[rows],
+                states[question].expand(count, -1, -1),
+                mask[question].expand(count, -1),
+            )
+            scores.append(-losses)
+        return places, torch.stack(scores)
+
+    def first_token_logits(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Give the logits of an answer's first token: (questions, vocabulary)."""
+        text = self.network.config.text_config
+        start = torch.full((len(states), 1), text.bos_token_id, device=self.device)
+        output = self.network.text_decoder(
+            input_ids=start, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False
+        )
+        return output.logits[:, 0]
+
+    def _read(self, samples: Mapping[str, Any], prompt: str = "") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Read the questions with their pictures: image states, question states, and the questions' mask."""
+        image_embeds = self.image_states(samples)
+        questions = self._texts(samples, len(image_embeds))
+        if prompt:
+            questions = [prompt.format(question) for question in questions]
+        input_ids, attention_mask = self._moved(self.processor.questions(questions))
+        return image_embeds, self.network.question_states(image_embeds, input_ids, attention_mask), attention_mask
+
+
+class BlipFeatureExtractor(BlipBase):
+    """Features of pictures, of texts, and of both together."""
+
+    arch = "blip_feature_extractor"
+    PRETRAINED_MODEL_CONFIG_DICT = {"base": "configs/models/blip_feature_extractor_base.yaml"}
+
+    @torch.no_grad()
+    def extract_features(self, samples: Mapping[str, Any], mode: str = "multimodal") -> BlipOutputFeatures:
+        """Give the features of one mode.
+
+        "image": `image_embeds`, `image_embeds_proj`; "text": `text_embeds`, `text_embeds_proj`; "multimodal":
+        `image_embeds`, `multimodal_embeds`. Position 0 stands for the whole picture or text. A text of more ids than
+        the network has positions is cut, and a warning is logged.
+
+        Raises:
+            ConfigError: another mode.
+            DataError: a picture or text is absent, or their numbers differ.
+        """
+        if mode == "image":
+            image_embeds = self.image_states(samples)
+            return BlipOutputFeatures(
+                image_embeds=image_embeds, image_embeds_proj=F.normalize(self.network.vision_proj(image_embeds), dim=-1)
+            )
+        if mode == "text":
+            text_embeds = self.network.text_states(*self._encode(self._texts(samples, None), None))
+            return BlipOutputFeatures(
+                text_embeds=text_embeds, text_embeds_proj=F.normalize(self.network.text_proj(text_embeds), dim=-1)
+            )
+        if mode != "multimodal":
+            modes = ("image", "text", "multimodal")
+            raise ConfigError(
+                f"mode is {shown(mode)}; it is one of {', '.join(modes)}.{did_you_mean(str(mode), modes)}"
+            )
+        image_embeds = self.image_states(samples)
+        texts = self._texts(samples, len(image_embeds))
+        states = self.network.text_states(*self._encode(texts, ENCODE_TOKEN), image_embeds)
+        return BlipOutputFeatures(image_embeds=image_embeds, multimodal_embeds=states)
+
+    @torch.no_grad()
+    def similarity(self, samples: Mapping[str, Any]) -> torch.Tensor:
+        """Give the cosine of each picture and each text, (images, texts), without the temperature of training."""
+        images = self.extract_features(samples, "image").image_embeds_proj
+        texts = self.extract_features(samples, "text").text_embeds_proj
+        assert images is not None and texts is not None  # noqa: PT018 - by the modes
+        return images[:, 0] @ texts[:, 0].T
+
+    @torch.no_grad()
+    def match(self, samples: Mapping[str, Any]) -> torch.Tensor:
+        """Give the probability that each text belongs to its picture: (batch,).
+
+        Raises:
+            ConfigError: the file has no matching head; pretrained and retrieval files have one.
+        """
+        if self.network.itm_head is None:
+            raise ConfigError("These weights have no itm_head; matching needs a pretrained or retrieval file of BLIP.")
+        states = self.extract_features(samples, "multimodal").multimodal_embeds
+        assert states is not None  # by the mode
+        return self.network.itm_head(states[:, 0]).softmax(-1)[:, 1]
+
+    def _encode(self, texts: Sequence[str], first_token: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = self.network.config.text_config.max_position_embeddings
+        input_ids, attention_mask = self.processor.encode(texts, first_token, positions)
+        if input_ids.shape[1] == positions and int(attention_mask[:, -1].max()) == 1:
+            logger.warning("a text fills all %d positions of the network; what went beyond them was cut", positions)
+        return self._moved((input_ids, attention_mask))
+
+
+MODELS = {ARCHITECTURES[cls.arch]: cls for cls in (BlipCaption, BlipVQA, BlipFeatureExtractor)}
+"""transformers' name of an architecture -> the registered model."""
