@@ -82,8 +82,90 @@ def test_adapters_that_are_refused(v2, adapter, tmp_path):
     with pytest.raises(ConfigError, match="new_rank_rule"):
         lavish.load(v2.folder, adapter=folder)
     path.write_text(json.dumps({**fields, "target_modules": ["no_such_layer"]}))
-    with pytest.raises(ConfigError, match="does not fit this network"):
+    with pytest.raises(ConfigError, match="does not fit this CogVLMForCausalLM, so it is of another family or size"):
         lavish.load(v2.folder, adapter=folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no adapter_config\.json"):
         lavish.load(v2.folder, adapter=tmp_path / "empty")
+
+
+def test_an_adapter_finds_its_base(v2, adapter, tmp_path):
+    folder, expected = adapter
+    inputs = v2.loaded.processor.apply_chat_template(v2.prompts["chat_image"][0])
+    path = folder / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    (tmp_path / "base").symlink_to(v2.folder)
+    for name in ("../base", str(tmp_path / "base")):
+        path.write_text(json.dumps({**fields, "base_model_name_or_path": name}))
+        with torch.no_grad():
+            assert torch.equal(lavish.load(folder, device="cpu").model(**inputs).logits, expected)
+    for name, words in (
+        ("~/no/such/folder", "is not on this machine"),
+        ("..", "is not on this machine|no layout|config.json"),
+        ("", "names no base"),
+        (str(folder), "is an adapter itself"),
+    ):
+        path.write_text(json.dumps({**fields, "base_model_name_or_path": name}))
+        with pytest.raises((ConfigError, CheckpointError), match=words):
+            lavish.load(folder, device="cpu")
+        if name:
+            assert lavish.load(folder, base=v2.folder, device="cpu").adapters == ("default",)
+
+
+def test_adapters_are_switched_merged_and_taken_off(v2, adapter, tmp_path):
+    folder, expected = adapter
+    messages = v2.prompts["chat_image"][0]
+    inputs = v2.loaded.processor.apply_chat_template(messages)
+
+    def logits(vlm):
+        with torch.no_grad():
+            return vlm.model(**inputs).logits
+
+    vlm = lavish.load(v2.folder, device="cpu")
+    before = {name: value.clone() for name, value in vlm.model.state_dict().items()}
+    base = logits(vlm)
+    assert (vlm.adapters, vlm.active_adapter) == ((), None)
+    plain = vlm.chat(messages, max_new_tokens=6).token_ids
+    vlm.load_adapter(folder, "one")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: -value if "lora_B" in name else value for name, value in tensors.items()},
+        other / "adapter_model.safetensors",
+    )
+    assert torch.equal(logits(vlm), expected)
+    first = vlm.chat(messages, max_new_tokens=6)
+    assert first.token_ids != plain
+    assert first.usage.cached_tokens == 0  # keys of the base's weights are of no use
+    vlm.load_adapter(other, "two")
+    second = logits(vlm)
+    assert vlm.active_adapter == "two"
+    assert not torch.equal(second, expected)
+    with pytest.raises(ConfigError, match="'one' is on the network already"):
+        vlm.load_adapter(other, "one")
+    with pytest.raises(ConfigError, match=r"No adapter 'tow'\. Did you mean 'two'"):
+        vlm.set_adapter("tow")
+    save_file({**tensors, "extra": torch.zeros(1)}, other / "adapter_model.safetensors")
+    with pytest.raises(UnexpectedKeys):
+        vlm.load_adapter(other, "three")
+    assert vlm.adapters == ("one", "two")
+    assert torch.equal(logits(vlm), second)
+    vlm.set_adapter("one")
+    assert torch.equal(logits(vlm), expected)
+    vlm.set_adapter(None)
+    assert torch.equal(logits(vlm), base)
+    assert vlm.chat(messages, max_new_tokens=6).token_ids == plain
+    with pytest.raises(ConfigError, match="No adapter is active"):
+        vlm.merge_adapter()
+    vlm.unload_adapters()
+    after = vlm.model.state_dict()
+    assert vlm.adapters == ()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    vlm.load_adapter(folder, "one")
+    vlm.merge_adapter()
+    assert vlm.adapters == ()
+    assert torch.allclose(logits(vlm), expected, atol=1e-4)
+    assert type(vlm.model).__name__ == "CogVLMForCausalLM"

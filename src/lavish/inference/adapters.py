@@ -1,18 +1,36 @@
-"""PEFT adapters on a loaded network: strict, and without running or unpickling anything of theirs."""
+"""PEFT adapters on a loaded network: strict, and without running or unpickling anything of theirs.
+
+Several may be on one network, one of them active; `VLM` has the calls that switch them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
 
 from lavish.checkpoints import hf, hub
 from lavish.checkpoints.json_file import read_object
-from lavish.common.errors import CheckpointError, ConfigError, MissingDependency, MissingKeys, UnexpectedKeys
+from lavish.common.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingDependency,
+    MissingKeys,
+    UnexpectedKeys,
+    shown,
+)
+from lavish.inference.parallel import GatheredLinear, RowwiseLinear
+from lavish.nn.int8 import Int8Linear
+from lavish.nn.packed import PackedLinear
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+DEFAULT_NAME = "default"
+
+NativeAdapter = Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
+"""From the fields and tensors of an adapter as it was released to those that fit lavish's modules."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -50,32 +68,62 @@ def _checked_base(base: Path, adapter: Path) -> Path:
     return base
 
 
-def apply_adapter(network: PreTrainedModel, folder: Path, *, is_quantized: bool) -> Any:
-    """Put a LoRA adapter on a network, and give the `PeftModel` around it, in evaluation mode.
+def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, native: NativeAdapter | None = None) -> Any:
+    """Put a LoRA adapter on a network, or one more on a `PeftModel`, and give the `PeftModel`, in evaluation mode.
+
+    With a name that is taken or tensors that do not fit, the network is left as it was.
 
     Raises:
-        ConfigError: an adapter of another kind than LoRA, or on a quantised network.
+        ConfigError: an adapter of another kind than LoRA or for another family, a name that is taken, or a network
+            that takes none (quantised, packed, or a share of one).
         CheckpointError: its files are absent or damaged, or its tensors do not fit the network.
         MissingDependency: peft is not installed.
     """
-    if is_quantized:
-        raise ConfigError(
-            "adapter= with quantization= is not possible: merge the adapter, save, and quantise the result."
-        )
+    _check_network(network)
     try:
-        from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import LoraConfig, PeftModel, get_peft_model
     except ImportError as error:
         raise MissingDependency("adapter= needs peft, which is not installed: pip install 'lavish[train]'.") from error
-    config = LoraConfig(**_lora_fields(folder, LoraConfig))
-    weights = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
+    if not isinstance(name, str) or not name or "." in name:
+        raise ConfigError(f"An adapter's name must be a text without a dot, not {shown(name)}.")
+    fields = read_fields(folder)
+    weights = next((folder / file for file in ADAPTER_FILES if (folder / file).is_file()), None)
     if weights is None:
         raise CheckpointError(f"{folder}: no adapter weights; looked for {' and '.join(ADAPTER_FILES)}.")
-    tensors = hf.read(weights)
+    found: dict[str, Any] = dict(hf.read(weights))
+    if native is not None:
+        fields, found = native(fields, found)
+    config = LoraConfig(**_lora_fields(folder, fields, LoraConfig))
+    is_first = not isinstance(network, PeftModel)
+    if not is_first and name in network.peft_config:
+        raise ConfigError(f"An adapter {name!r} is on the network already; give the new one another name.")
     try:
-        model = get_peft_model(network, config)
+        if is_first:
+            model = get_peft_model(network, config, adapter_name=name)
+        else:
+            model = network
+            model.add_adapter(name, config)
     except ValueError as error:  # what peft raises when no layer has a name of target_modules
-        raise ConfigError(f"{folder}: does not fit this network: {error}") from error
-    expected, found = get_peft_model_state_dict(model), dict(tensors)
+        raise ConfigError(
+            f"{folder}: does not fit this {_called(network)}, so it is of another family or size: {error}"
+        ) from error
+    try:
+        _fill(model, name, found, weights)
+    except CheckpointError:
+        if is_first:
+            model.unload()
+        else:
+            model.delete_adapter(name)
+        raise
+    # For whoever saves it; not before, peft would look for that model's config on the hub.
+    model.peft_config[name].base_model_name_or_path = fields.get("base_model_name_or_path")
+    return model.eval()
+
+
+def _fill(model: Any, name: str, found: dict[str, Any], weights: Path) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(model, adapter_name=name)
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
         raise MissingKeys(
@@ -83,24 +131,54 @@ def apply_adapter(network: PreTrainedModel, folder: Path, *, is_quantized: bool)
         )
     if unexpected:
         raise UnexpectedKeys(f"{weights}: {len(unexpected)} tensors have no place, first {unexpected[0]!r}.")
-    for name, value in found.items():
-        if value.shape != expected[name].shape:
-            raise CheckpointError(f"{weights}: {name!r} is {tuple(value.shape)}, not {tuple(expected[name].shape)}.")
-    set_peft_model_state_dict(model, found)
-    return model.eval()
+    for key, value in found.items():
+        if value.shape != expected[key].shape:
+            raise CheckpointError(f"{weights}: {key!r} is {tuple(value.shape)}, not {tuple(expected[key].shape)}.")
+    set_peft_model_state_dict(model, found, adapter_name=name)
 
 
-def _lora_fields(folder: Path, lora_config: Any) -> dict[str, Any]:
-    """Read adapter_config.json; a field that this peft lacks is refused where it says something."""
+def _called(network: Any) -> str:
+    inner = network.get_base_model() if hasattr(network, "get_base_model") else network  # a PeftModel has it
+    return type(inner).__name__
+
+
+def _check_network(network: nn.Module) -> None:
+    """Refuse networks whose layers peft does not know."""
+    for layer in network.modules():
+        if isinstance(layer, Int8Linear) or type(layer).__name__ == "Linear4bit":  # bitsandbytes may not be there
+            raise ConfigError(
+                "adapter= with quantization= is not possible: merge the adapter, save, and quantise the result."
+            )
+        if isinstance(layer, PackedLinear):
+            raise ConfigError("A packed network takes no adapter; load it without pack=.")
+        if isinstance(layer, RowwiseLinear | GatheredLinear):
+            raise ConfigError("A network that several processes share takes no adapter; merge it into its base first.")
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json.
+
+    Raises:
+        CheckpointError: it is not there.
+        ConfigError: an adapter of another kind than LoRA.
+    """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {ADAPTER_CONFIG}; give the folder of a PEFT adapter.")
     fields = read_object(path)
     if fields.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type is {fields.get('peft_type')!r}; lavish loads LORA adapters.")
+    return fields
+
+
+def _lora_fields(folder: Path, fields: dict[str, Any], lora_config: Any) -> dict[str, Any]:
+    """Give what LoraConfig takes; a field that this peft lacks is refused where it says something."""
     unknown = [name for name, value in fields.items() if name not in lora_config.__dataclass_fields__ and value]
     if unknown:
-        raise ConfigError(f"{path}: this peft does not know {unknown[0]!r}. Upgrade peft, or remove the field.")
+        raise ConfigError(
+            f"{folder / ADAPTER_CONFIG}: this peft does not know {unknown[0]!r}. Upgrade peft, or remove the field."
+        )
     known = {name: value for name, value in fields.items() if name in lora_config.__dataclass_fields__}
-    # auto_mapping names a class to import; the network is already here.
-    return {name: value for name, value in known.items() if name not in ("auto_mapping", "inference_mode", "peft_type")}
+    # auto_mapping names a class to import; the network is already here, and peft warns of a base of another name.
+    left_out = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type")
+    return {name: value for name, value in known.items() if name not in left_out}

@@ -110,6 +110,10 @@ def load(
     is_quantized = release.is_int8 or quantization is not None
     if release.is_int8 or quantization == INT8:
         warn_if_slow(weight_dtype, target)
+    if adapter is not None and is_quantized:
+        raise ConfigError(
+            "adapter= with quantization= is not possible: merge the adapter, save, and quantise the result."
+        )
     is_packed = packing.should_pack(
         pack, dtype=weight_dtype, device=target, is_quantized=is_quantized, has_adapter=adapter is not None
     )
@@ -121,7 +125,7 @@ def load(
     else:
         network = _load_network(release, weight_dtype, target, quantization, quantize_vision)
     if adapter is not None:
-        network = apply_adapter(network, Path(adapter), is_quantized=is_quantized)
+        network = apply_adapter(network, Path(adapter), native=release.family.native_adapter)
     if is_packed:
         packing.pack(network)
     register()
@@ -356,6 +360,7 @@ def _talking(
         eos_token_ids=_eos_token_ids(release.generation_config, release.config),
         sampling_defaults=release.sampling_defaults,
         new_seed=new_seed,
+        native_adapter=release.family.native_adapter,
     )
 
 

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BatchFeature
 
+from lavish.checkpoints import hub
 from lavish.common import grounding
-from lavish.common.errors import ConfigError, MediaError, NumericsError, PromptError, shown
+from lavish.common.errors import (
+    ConfigError,
+    MediaError,
+    NumericsError,
+    PromptError,
+    check_path,
+    did_you_mean,
+    shown,
+)
+from lavish.inference.adapters import NativeAdapter, apply_adapter
 from lavish.inference.cache import SliceCache
 from lavish.inference.decoder_steps import steps_for
 from lavish.inference.options import GenerationOptions, parse_options, read_sampling_defaults
@@ -172,6 +183,7 @@ class VLM:
         max_conversation_bytes: memory for all of them.
         new_seed: gives the random stream of an answer that is drawn without a seed; processes that compute one answer
             together need the same one. Default: the system's randomness.
+        native_adapter: turns a released adapter of this family into one for these modules.
     """
 
     def __init__(
@@ -187,6 +199,7 @@ class VLM:
         max_conversations: int = 2,
         max_conversation_bytes: int = 2 * 2**30,
         new_seed: Callable[[], int] | None = None,
+        native_adapter: NativeAdapter | None = None,
     ):
         self.model = model
         self.processor = processor
@@ -203,6 +216,8 @@ class VLM:
         self._eos_token_ids = frozenset(eos)
         self._sampling_defaults = read_sampling_defaults(sampling_defaults, "sampling_defaults")
         self._new_seed = new_seed
+        self._native_adapter = native_adapter
+        self._active = self.adapters[0] if self.adapters else None
 
     def __repr__(self) -> str:
         weight = next(self._steps.network.parameters())
@@ -266,6 +281,68 @@ class VLM:
             rows = order[start : start + batch_size]
             replies.update(zip(rows, self._batch([prompts[i] for i in rows], [limits[i] for i in rows], options)))
         return [replies[i] for i in range(len(prompts))]
+
+    # Adapters. They change the weights, so nothing that was computed under others is kept.
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters on the network, in the order in which they came; `adapter=` of load is "default"."""
+        return tuple(getattr(self.model, "peft_config", {}))  # a network without adapters has none
+
+    @property
+    def active_adapter(self) -> str | None:
+        """Name of the adapter that answers; None: the base does."""
+        return self._active
+
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Put one more LoRA adapter on the network and make it the active one.
+
+        Raises:
+            ConfigError, CheckpointError: as `lavish.load(adapter=...)`; the network is left as it was.
+        """
+        check_path(path, "path")
+        self.model = apply_adapter(self.model, hub.resolve(path), name=name, native=self._native_adapter)
+        self.set_adapter(name)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Answer with this adapter from now on; None: with the base alone, adapters stay at hand.
+
+        Raises:
+            ConfigError: no adapter of that name.
+        """
+        if name is not None and name not in self.adapters:
+            known = ", ".join(map(repr, self.adapters)) or "none"
+            raise ConfigError(f"No adapter {shown(name)}.{did_you_mean(str(name), self.adapters)} Loaded: {known}.")
+        if name is not None:
+            self.model.base_model.enable_adapter_layers()
+            self.model.set_adapter(name)
+        elif self.adapters:
+            self.model.base_model.disable_adapter_layers()
+        self._active = name
+        self._forget()
+
+    def merge_adapter(self) -> None:
+        """Add the active adapter to the weights for good, and take all others off.
+
+        Raises:
+            ConfigError: no adapter is active.
+        """
+        if self._active is None:
+            raise ConfigError("No adapter is active, so there is none to merge; choose one with set_adapter(name).")
+        self.model = self.model.merge_and_unload(adapter_names=[self._active])
+        self._active = None
+        self._forget()
+
+    def unload_adapters(self) -> None:
+        """Take all adapters off: the base is bit for bit what it was before them."""
+        if self.adapters:
+            self.model = self.model.unload()
+        self._active = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.features.clear()
+        self.conversations.clear()
 
     def _batch(self, prompts: list[Prompt], limits: list[int], options: GenerationOptions) -> list[Reply]:
         answers = [self._answer(options, limit) for limit in limits]
