@@ -1,7 +1,7 @@
 """Publish a finished and evaluated run as the bundled model: copy its files into the package and write its card.
 
     lavish train projects/pocket/train.yaml
-    lavish evaluate projects/pocket/evaluate.yaml --set model.path=output/pocket/text/model
+    lavish evaluate projects/pocket/evaluate.yaml --set model.path=output/pocket/refine/model
     python scripts/bundle_pocket.py output/pocket
 
 Every number of the card comes from the run's files: done.json of each stage, metrics.json of the evaluation, the
@@ -25,6 +25,7 @@ from lavish.common.errors import CheckpointError, LavishError
 from lavish.datasets.scenes.phrases import CANNOT_SEE, NO_PICTURE
 from lavish.datasets.scenes.world import COLOURS, PATTERNS, SHAPES, SIZES, sample_scene
 from lavish.runners.recipe import CONFIG_FILE, METRICS_FILE, Cost, read_cost, weights_sha256
+from lavish.tasks.scenes import SceneDataConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET = ROOT / "src" / "lavish" / "pocket"
@@ -73,7 +74,7 @@ something is there, which of two is larger, and what number is written; it point
 Photographs, screenshots, documents, text other than one number, other shapes or colours, and any question of
 knowledge: it has never seen them, and what it answers means nothing. Questions in other words than those of its
 training may be misunderstood. Every picture is squashed to {side} x {side} px, so what is small in a large one is lost.
-A conversation goes on for up to three turns.
+A conversation goes on for up to {max_turns} turns.
 
 ## Measured
 
@@ -168,7 +169,12 @@ def cost_table(costs: dict[str, Cost]) -> str:
 
 
 def card(
-    config: dict[str, Any], num_parameters: int, num_bytes: int, metrics: dict[str, Any], costs: dict[str, Cost]
+    config: dict[str, Any],
+    num_parameters: int,
+    num_bytes: int,
+    metrics: dict[str, Any],
+    costs: dict[str, Cost],
+    max_turns: int,
 ) -> str:
     """Fill in the model's card."""
     vision, record = config["vision_config"], metrics["record"]
@@ -204,6 +210,7 @@ def card(
         network=network,
         costs=cost_table(costs),
         stage=list(costs)[-1],
+        max_turns=max_turns,
     )
 
 
@@ -221,7 +228,9 @@ def bundle(run: Path, stage: str, metrics_path: Path, target: Path) -> None:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     tensors = hf.read(model)
     num_parameters = sum(math.prod(tensors.meta(name)[0]) for name in tensors if not name.endswith("inv_freq"))
-    text = card(config, num_parameters, num_bytes, metrics, costs)
+    trained = OmegaConf.load(run / stage / CONFIG_FILE)
+    max_turns = OmegaConf.select(trained, "datasets.scenes.max_turns", default=SceneDataConfig.max_turns)
+    text = card(config, num_parameters, num_bytes, metrics, costs, max_turns)
     target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         partial = target / f".{name}.partial"
@@ -235,7 +244,7 @@ def bundle(run: Path, stage: str, metrics_path: Path, target: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run: run.output_dir of the training recipe")
-    parser.add_argument("--stage", default="text", help="stage whose model is published (default: text)")
+    parser.add_argument("--stage", default="refine", help="stage whose model is published (default: refine)")
     parser.add_argument("--metrics", type=Path, help="scores of it (default: RUN/evaluation/metrics.json)")
     parser.add_argument("--target", type=Path, default=POCKET, help="where to (default: the package)")
     options = parser.parse_args()

@@ -47,7 +47,7 @@ class Heard:
 def test_the_recipes_of_the_pocket_model_are_right(name: str) -> None:
     loaded = load_recipe(PROJECTS / name)
     if name == "train.yaml":
-        assert [stage for stage, _ in recipes.check(loaded)] == ["tower", "decoder", "text"]
+        assert [stage for stage, _ in recipes.check(loaded)] == ["tower", "decoder", "text", "refine"]
     else:
         setup_task(loaded)
         assert loaded.datasets.scenes.seed != load_recipe(PROJECTS / "train.yaml").datasets.scenes.seed
