@@ -3,11 +3,13 @@
 The names are the same; what is here is what older transformers saved beside them.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
 
 from lavish.checkpoints.rules import Drop, Rule
+from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, MissingKeys, ShapeMismatch
 from lavish.models.gpt_dialogue.model import GPTDialogueLMHeadModel
 from lavish.processors.gpt_processors import SPECIAL_TOKENS
@@ -27,6 +29,21 @@ def complete(network: GPTDialogueLMHeadModel, absent: Iterable[str] = ()) -> Non
     """
     for name in absent:
         raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
+
+
+def stored_sizes(tensors: TensorMap) -> dict[str, int]:
+    """Read the sizes that a file's shapes tell: all but the number of heads. What a damaged file lacks is left out."""
+    places = {
+        "vocab_size": ("transformer.wte.weight", 0),
+        "n_embd": ("transformer.wte.weight", 1),
+        "n_positions": ("transformer.wpe.weight", 0),
+        "n_inner": ("transformer.h.0.mlp.c_fc.weight", 1),
+        "len_video_ft": ("video_ff.weight", 1),
+    }
+    shapes = {name: tensors.info(name).shape for name, _ in places.values() if name in tensors}
+    sizes = {size: shapes[name][dim] for size, (name, dim) in places.items() if len(shapes.get(name, ())) == 2}
+    layers = [int(found[1]) for name in tensors if (found := re.match(r"transformer\.h\.(\d+)\.", name))]
+    return sizes | ({"n_layer": max(layers) + 1} if layers else {})
 
 
 @torch.no_grad()
