@@ -46,6 +46,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
 
 BASES: dict[str, str] = {
     "model": "torch.nn:Module",
+    "processor": "lavish.processors.base_processor:BaseProcessor",
     "task": "lavish.tasks.base_task:BaseTask",
     "runner": "lavish.runners.runner_base:RunnerBase",
 }
