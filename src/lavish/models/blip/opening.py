@@ -49,8 +49,10 @@ class Wanted:
     """Config fields of the model type's YAML."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Config fields of the caller, over all others."""
-    prompt: str | None = None
-    max_txt_len: int | None = None
+    base_texts: Mapping[str, Any] = field(default_factory=dict)
+    """`prompt` and `max_txt_len` of the model type's YAML."""
+    given_texts: Mapping[str, Any] = field(default_factory=dict)
+    """The same of the caller."""
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None
     dtype: torch.dtype = torch.float32
     device: str | torch.device = "cpu"
@@ -69,17 +71,32 @@ def open_network(path: str | Path, wanted: Wanted) -> tuple[Any, BlipProcessor]:
         config = read_config(read_object(path / CONFIG), str(path / CONFIG), **wanted.given)
         architecture = _checked(config.architectures[0], wanted.architecture, path)
         tokenizer = load_tokenizer(path if wanted.tokenizer is None else wanted.tokenizer)
-        processor = BlipProcessor.from_folder(config, path, tokenizer)
+        processor = BlipProcessor.from_folder(config, path, tokenizer, wanted.base_texts, wanted.given_texts)
     else:
         tensors = hf.read(path) if path.suffix == ".safetensors" else lavis.read(path)
         architecture = wanted.architecture or architecture_of(tensors, str(path))
         tokenizer = _tokenizer(tensors.path.parent, wanted.tokenizer)
         config = _config_of_file(tensors, architecture, tokenizer, wanted)
-        processor = BlipProcessor.from_config(config, tokenizer)
-    if wanted.prompt is not None or wanted.max_txt_len is not None:
-        processor.prompt = processor.prompt if wanted.prompt is None else wanted.prompt
-        processor.max_txt_len = wanted.max_txt_len or processor.max_txt_len
+        processor = BlipProcessor.from_config(config, tokenizer, **{**wanted.base_texts, **wanted.given_texts})
     return _load(tensors, config, architecture, wanted), processor
+
+
+def tell(path: str | Path) -> tuple[str, int]:
+    """Tell transformers' name of the network that a path holds, and the width of its tower, from names and shapes.
+
+    Raises:
+        CheckpointError: no BLIP, or a damaged file.
+    """
+    path = Path(path)
+    if _is_transformers(path):
+        tensors = hf.read(path)
+        config = read_config(read_object(path / CONFIG), str(path / CONFIG))
+        architecture = config.architectures[0]
+    else:
+        tensors = hf.read(path) if path.suffix == ".safetensors" else lavis.read(path)
+        architecture = architecture_of(tensors, str(path))
+    sizes = stored_sizes(tensors, rules_for(architecture, tensors))
+    return architecture, sizes["vision_config"].get("hidden_size", 0)
 
 
 def new_network(architecture: str, wanted: Wanted) -> tuple[Any, BlipProcessor]:
@@ -87,9 +104,7 @@ def new_network(architecture: str, wanted: Wanted) -> tuple[Any, BlipProcessor]:
     tokenizer = load_tokenizer(fetch_vocabulary() if wanted.tokenizer is None else wanted.tokenizer)
     fields = layered(wanted.base, check_fields(wanted.given, "config"))
     config = lavis_config(fields, _ids(tokenizer), architecture, "config")
-    processor = BlipProcessor.from_config(
-        config, tokenizer, *(value for value in (wanted.prompt, wanted.max_txt_len) if value is not None)
-    )
+    processor = BlipProcessor.from_config(config, tokenizer, **{**wanted.base_texts, **wanted.given_texts})
     return NETWORKS[architecture](config).to(device=wanted.device, dtype=wanted.dtype), processor
 
 

@@ -8,8 +8,9 @@ What a user types never becomes a special token: `[SEP]` in a caption is three p
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ PROMPT = "a picture of "
 DECODE_TOKEN, ENCODE_TOKEN = "[DEC]", "[ENC]"
 TOKENIZER = "google-bert/bert-base-uncased"
 """Hub id of the tokenizer that LAVIS takes; fetched only when none lies beside the checkpoint."""
+OWN_FILE = "lavish_processor.json"
+"""Prompt and length of texts, which transformers' files have no place for."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
-MAX_TXT_LEN = {"blip_caption": 40, "blip_vqa": 35, "blip_feature_extractor": 30}
-"""What LAVIS cuts captions and questions to; the feature extractor stores its number and never cuts."""
+MAX_TXT_LEN = 40
+"""Most ids of a caption; LAVIS cuts questions to 35, and the features of a text not at all."""
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -99,7 +102,7 @@ class BlipProcessor:
         tokenizer: PreTrainedTokenizerBase,
         image_size: int = 384,
         prompt: str = PROMPT,
-        max_txt_len: int = 40,
+        max_txt_len: int = MAX_TXT_LEN,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
@@ -115,7 +118,11 @@ class BlipProcessor:
 
     @classmethod
     def from_config(
-        cls, config: BlipConfig, tokenizer: PreTrainedTokenizerBase, prompt: str = PROMPT, max_txt_len: int = 40
+        cls,
+        config: BlipConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str = PROMPT,
+        max_txt_len: int = MAX_TXT_LEN,
     ) -> BlipProcessor:
         """Pair a tokenizer with the picture size and ids of a config.
 
@@ -149,15 +156,25 @@ class BlipProcessor:
         return cls.from_folder(config, folder, load_tokenizer(folder if tokenizer is None else tokenizer))
 
     @classmethod
-    def from_folder(cls, config: BlipConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -> BlipProcessor:
+    def from_folder(
+        cls,
+        config: BlipConfig,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        base: Mapping[str, Any] = MappingProxyType({}),
+        given: Mapping[str, Any] = MappingProxyType({}),
+    ) -> BlipProcessor:
         """Pair a tokenizer with a config and with what preprocessor_config.json and lavish_processor.json say.
+
+        `prompt` and `max_txt_len` of `given` count before those of the folder, and they before those of `base`.
 
         Raises:
             ConfigError: as `from_config`.
         """
-        own = read_optional_object(folder / "lavish_processor.json")
+        own = read_optional_object(folder / OWN_FILE)
         pixels = read_optional_object(folder / "preprocessor_config.json")
-        processor = cls.from_config(config, tokenizer, own.get("prompt", PROMPT), own.get("max_txt_len", 40))
+        texts = {name: value for name, value in {**base, **own, **given}.items() if name in ("prompt", "max_txt_len")}
+        processor = cls.from_config(config, tokenizer, **texts)
         processor.image_processor = BlipImageEvalProcessor(
             config.vision_config.image_size, pixels.get("image_mean"), pixels.get("image_std")
         )
@@ -181,7 +198,7 @@ class BlipProcessor:
             "size": {"height": size, "width": size},
         }
         own = {"prompt": self.prompt, "max_txt_len": self.max_txt_len}
-        for name, content in (("preprocessor_config.json", pixels), ("lavish_processor.json", own)):
+        for name, content in (("preprocessor_config.json", pixels), (OWN_FILE, own)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @property

@@ -23,13 +23,15 @@ from lavish.models.base_model import BaseModel, local_file, model_section, read_
 from lavish.models.blip.beam_search import Rules, generate
 from lavish.models.blip.config import ARCHITECTURES, TOP_LEVEL
 from lavish.models.blip.model import IGNORE_INDEX, answer_losses, caption_labels
-from lavish.models.blip.opening import Wanted, new_network, open_network
+from lavish.models.blip.opening import Wanted, new_network, open_network, tell
 from lavish.models.blip.processor import DECODE_TOKEN, ENCODE_TOKEN, BlipProcessor
 
 logger = logging.getLogger(__name__)
 
 NUCLEUS_PENALTY = 1.1
 """`repetition_penalty` of nucleus sampling in LAVIS, whatever the caller asks; here where the caller asks nothing."""
+LARGE_WIDTH = 1024
+"""Of the large tower's hidden states."""
 SECTION_KEYS = (
     *TOP_LEVEL,
     *("arch", "model_type", "pretrained", "finetuned", "load_pretrained", "load_finetuned"),
@@ -138,14 +140,14 @@ class BlipBase(BaseModel):
             for key in fields:
                 if key not in SECTION_KEYS:
                     raise ConfigError(f"model.{key} is no setting of {cls.arch!r}.{did_you_mean(key, SECTION_KEYS)}")
-        settings = {**section, **given}
+        texts = ("prompt", "max_txt_len")
         wanted = Wanted(
             architecture=ARCHITECTURES[cls.arch],
             base=_fields(section),
             given=_fields(given),
-            prompt=settings.get("prompt"),
-            max_txt_len=settings.get("max_txt_len"),
-            tokenizer=tokenizer if tokenizer is not None else settings.get("tokenizer"),
+            base_texts={name: section[name] for name in texts if name in section},
+            given_texts={name: given[name] for name in texts if name in given},
+            tokenizer=tokenizer if tokenizer is not None else {**section, **given}.get("tokenizer"),
             dtype=dtype,
             device=device,
         )
@@ -552,3 +554,37 @@ class BlipFeatureExtractor(BlipBase):
 
 MODELS = {ARCHITECTURES[cls.arch]: cls for cls in (BlipCaption, BlipVQA, BlipFeatureExtractor)}
 """transformers' name of an architecture -> the registered model."""
+
+
+def open_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    config: Any = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+) -> BlipBase:
+    """Load whichever of the three models a LAVIS file or transformers folder is, ready to be asked.
+
+    Args:
+        path: a `.pth` file, a folder that holds one, a URL, or a transformers folder of BLIP.
+        device: of the weights.
+        dtype: of the weights; None is float32.
+        config: as `BlipBase.from_pretrained`.
+        tokenizer: as `BlipBase.from_pretrained`.
+
+    Raises:
+        CheckpointError, ConfigError: as `BlipBase.from_pretrained`; or the file is of no BLIP.
+    """
+    path = local_file(path)
+    architecture, width = tell(path)
+    cls = MODELS[architecture]
+    is_large = width == LARGE_WIDTH and "large_coco" in cls.PRETRAINED_MODEL_CONFIG_DICT
+    model = cls.from_pretrained(
+        "large_coco" if is_large else None,
+        checkpoint=path,
+        config=config,
+        tokenizer=tokenizer,
+        dtype=dtype or torch.float32,
+        device=device,
+    )
+    return model.eval()
