@@ -187,6 +187,8 @@ def read_config(config: dict[str, Any], where: str, **overrides: Any) -> MiniGPT
             overrides.setdefault("image_size", given["image_size"])
             given = {key: value for key, value in given.items() if key != "image_size"}
         fields[part] = {**stored, **given}
+        if part == "text_config":
+            fields[part].pop("layer_types", None)  # derived: one a layer, and the layers may just have been replaced
         if absent := [name for name in SIZES[part] if name not in fields[part]]:
             raise ConfigError(
                 f"{where}: the files do not say {part}.{absent[0]}. Give it: "

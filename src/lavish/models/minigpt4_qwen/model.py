@@ -191,12 +191,21 @@ class MiniGPT4QwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # -- generation ----------------------------------------------------------------------------------------------------
 
     def prepare_inputs_for_generation(
-        self, input_ids, pixel_values=None, image_features=None, is_first_iteration=False, **kwargs: Any
+        self,
+        input_ids,
+        attention_mask=None,
+        pixel_values=None,
+        image_features=None,
+        is_first_iteration=False,
+        **kwargs: Any,  # the rest of transformers' generation arguments, passed on by name
     ):
-        """As transformers', except: images go with the prefill only (with every step where there is no cache)."""
+        """As transformers', except: the mask stays the plain one of all tokens so far, and images go with the prefill
+        only (with every step where there is no cache).
+        """
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
         )
+        inputs["attention_mask"] = attention_mask
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs |= {"pixel_values": pixel_values, "image_features": image_features}
         return inputs
