@@ -113,3 +113,25 @@ def test_turns_out_of_order(messages, says):
 def test_importing_it_needs_no_torch():
     code = "import sys, lavish.common.messages; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("key", ["video", "path"])
+def test_a_video_is_a_part_where_it_is_allowed(key: str) -> None:
+    messages = [{"role": "user", "content": [{"type": "video", key: "clip.mp4"}, {"type": "text", "text": "what?"}]}]
+    (checked,) = normalize(messages, allow_videos=True)
+    assert checked.videos() == ["clip.mp4"]
+    assert checked.images() == []
+    with pytest.raises(PromptError, match="Message 0 holds a video, and this model sees no videos"):
+        normalize(messages)
+    with pytest.raises(PromptError, match="sees no videos"):
+        normalize([checked])
+
+
+def test_wrong_video_parts() -> None:
+    with pytest.raises(PromptError, match="a video part needs exactly one of video, path, found 0"):
+        normalize([{"role": "user", "content": [{"type": "video"}]}], allow_videos=True)
+    with pytest.raises(PromptError, match="videos belong to user messages"):
+        normalize(
+            [{"role": "assistant", "content": [{"type": "video", "video": "clip.mp4"}]}],
+            allow_videos=True,
+        )

@@ -1,7 +1,7 @@
 """Chat messages: checked once, then the same small dataclasses for every family.
 
 The form is that of transformers and of the OpenAI API: `{"role", "content"}` with content a string or a list of parts
-(`text`, `image`, `image_url`). Here the shape and the order of the turns are checked; nothing is opened, downloaded or
+(`text`, `image`, `image_url`, and `video` for the families that see one). Here the shape and the order of the turns are checked; nothing is opened, downloaded or
 tokenised.
 """
 
@@ -14,8 +14,9 @@ from typing import Any
 from lavish.common.errors import PromptError, did_you_mean
 
 ROLES = ("system", "user", "assistant")
-PART_TYPES = ("text", "image", "image_url")
+PART_TYPES = ("text", "image", "image_url", "video")
 IMAGE_KEYS = ("image", "url", "path")
+VIDEO_KEYS = ("video", "path")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,21 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class VideoPart:
+    """A video that is not opened yet: what `lavish.common.video` takes (path, bytes, open file or list of frames)."""
+
+    source: Any
+
+
+Part = TextPart | ImagePart | VideoPart
+
+
+@dataclass(frozen=True)
 class Message:
     """One checked message."""
 
     role: str
-    parts: tuple[TextPart | ImagePart, ...]
+    parts: tuple[Part, ...]
 
     def text(self, separator: str = " ") -> str:
         """Give the text parts joined by `separator`.
@@ -50,6 +61,10 @@ class Message:
         """Give the sources of the image parts, in order."""
         return [part.source for part in self.parts if isinstance(part, ImagePart)]
 
+    def videos(self) -> list[Any]:
+        """Give the sources of the video parts, in order."""
+        return [part.source for part in self.parts if isinstance(part, VideoPart)]
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -59,11 +74,12 @@ class Turn:
     answer: Message | None
 
 
-def normalize(messages: Any) -> list[Message]:
+def normalize(messages: Any, *, allow_videos: bool = False) -> list[Message]:
     """Check chat messages and give them as `Message` objects (already checked ones pass through).
 
     Raises:
-        PromptError: names the index of the bad message and what is allowed there.
+        PromptError: names the index of the bad message and what is allowed there; a video without `allow_videos` is
+            one, so that no family passes over it.
     """
     if isinstance(messages, (str, bytes, Mapping, Message)) or not isinstance(messages, Sequence):
         raise PromptError(
@@ -72,7 +88,14 @@ def normalize(messages: Any) -> list[Message]:
         )
     if not messages:
         raise PromptError("messages is empty; give at least one message, such as {'role': 'user', 'content': '...'}.")
-    return [_message(message, index) for index, message in enumerate(messages)]
+    checked = [_message(message, index) for index, message in enumerate(messages)]
+    for index, message in enumerate(checked):
+        if message.videos() and not allow_videos:
+            raise PromptError(
+                f"Message {index} holds a video, and this model sees no videos. Those that do: CogVLM2-Video, "
+                "cogvlm2-llama3-caption and MiniGPT4-Qwen; or send single frames as images."
+            )
+    return checked
 
 
 def is_batch(messages: Any) -> bool:
@@ -139,10 +162,12 @@ def _message(message: Any, index: int) -> Message:
     parts = _parts(message["content"], index)
     if role != "user" and any(isinstance(part, ImagePart) for part in parts):
         raise PromptError(f"Message {index} has role {role!r} and holds an image; images belong to user messages.")
+    if role != "user" and any(isinstance(part, VideoPart) for part in parts):
+        raise PromptError(f"Message {index} has role {role!r} and holds a video; videos belong to user messages.")
     return Message(role, parts)
 
 
-def _parts(content: Any, index: int) -> tuple[TextPart | ImagePart, ...]:
+def _parts(content: Any, index: int) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (TextPart(_text(content, f"Message {index}")),)
     if not isinstance(content, (list, tuple)):
@@ -152,8 +177,8 @@ def _parts(content: Any, index: int) -> tuple[TextPart | ImagePart, ...]:
     return tuple(_part(part, f"Message {index}, part {position}") for position, part in enumerate(content))
 
 
-def _part(part: Any, where: str) -> TextPart | ImagePart:
-    if isinstance(part, (TextPart, ImagePart)):
+def _part(part: Any, where: str) -> Part:
+    if isinstance(part, (TextPart, ImagePart, VideoPart)):
         return part
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
         raise PromptError(
@@ -163,12 +188,9 @@ def _part(part: Any, where: str) -> TextPart | ImagePart:
     if kind == "text":
         return TextPart(_text(part.get("text"), where))
     if kind == "image":
-        sources = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
-        if len(sources) != 1:
-            raise PromptError(
-                f"{where}: an image part needs exactly one of {', '.join(IMAGE_KEYS)}, found {len(sources)}."
-            )
-        return ImagePart(sources[0])
+        return ImagePart(_source(part, IMAGE_KEYS, f"{where}: an image part"))
+    if kind == "video":
+        return VideoPart(_source(part, VIDEO_KEYS, f"{where}: a video part"))
     if kind == "image_url":
         value = part.get("image_url")
         url = value.get("url") if isinstance(value, Mapping) else value
@@ -178,6 +200,13 @@ def _part(part: Any, where: str) -> TextPart | ImagePart:
     raise PromptError(
         f"{where}: unknown type {kind!r}; known are {', '.join(PART_TYPES)}.{did_you_mean(kind, PART_TYPES)}"
     )
+
+
+def _source(part: Mapping[str, Any], keys: tuple[str, ...], what: str) -> Any:
+    sources = [part[key] for key in keys if part.get(key) is not None]
+    if len(sources) != 1:
+        raise PromptError(f"{what} needs exactly one of {', '.join(keys)}, found {len(sources)}.")
+    return sources[0]
 
 
 def _text(text: Any, where: str) -> str:
