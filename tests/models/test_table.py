@@ -12,7 +12,8 @@ def test_every_family_names_classes_that_exist():
         assert row.config_class.model_type == row.model_type
         assert row.model_class.__name__ in row.architectures
         assert row.processor_class.__name__ == row.processor
-        assert isinstance(row.rules, tuple)
+        if row.opener is None:
+            assert isinstance(row.rules, tuple)
 
 
 def test_families_are_found_by_architecture_first():

@@ -100,10 +100,18 @@ def load(
     check_quantization(quantization, quantize_vision)
     check_parallel(parallel)
     target = resolve_device(device) if parallel is None else local_device(device)
-    parts = {name: hub.resolve(_checked_piece(name, value)) for name, value in pieces.items()}
-    folder, adapter = _folders(path_or_hub_id, adapter, base, revision, parts)
+    for name, value in pieces.items():
+        _check_piece(name, value)
+    folder, adapter = _folders(path_or_hub_id, adapter, base, revision, pieces)
+    if (sample_family := _sample_family(folder, pieces)) is not None:
+        refused = {"quantization": quantization, "adapter": adapter, "parallel": parallel, "rope": rope, **pieces}
+        return _load_samples(
+            path_or_hub_id, folder, sample_family, dtype, target, config, tokenizer, {**refused, "pack": pack is True}
+        )
     overrides = _overrides(config, rope)
-    release = _open(folder, overrides, parts)
+    release = _open(folder, overrides, pieces)
+    if adapter is None and release.release is not None:
+        adapter = release.release.adapter
     weight_dtype = resolve_dtype(dtype, _stored_dtype(release.tensors), target)
     if release.is_int8 and quantization is not None:
         raise ConfigError(f"{folder} was saved in int8 already; load it without quantization={quantization!r}.")
@@ -141,11 +149,10 @@ def _check_names(path: Any, adapter: Any, base: Any, tokenizer: Any, revision: A
         raise ConfigError(f"revision must be a branch, tag or commit of a hub id, not {shown(revision)}.")
 
 
-def _checked_piece(name: str, value: Any) -> str | Path:
+def _check_piece(name: str, value: Any) -> None:
     if name not in known_pieces():
-        _check_pieces({name: value}, table.FAMILIES[0])
+        _check_pieces([name], table.FAMILIES[0])
     check_path(value, name)
-    return value
 
 
 def known_pieces() -> tuple[str, ...]:
@@ -234,12 +241,12 @@ class _Opened:
         return is_saved_int8(self.config_dict)
 
 
-def _open(path: Path, overrides: dict[str, Any], pieces: Mapping[str, Path]) -> _Opened:
+def _open(path: Path, overrides: dict[str, Any], pieces: Mapping[str, str | Path]) -> _Opened:
     family = find_composite(path, pieces)
     if family is None:
         return _open_folder(path, overrides, pieces)
     _check_pieces(pieces, family)
-    release = family.open_release(path, pieces)
+    release = family.open_release(path, {name: hub.resolve(value) for name, value in pieces.items()})
     config = family.read_config(release.fields, str(path), **overrides)
     sampling_defaults = read_sampling_defaults(release.generation_config, f"{path}: generation_config.json")
     return _Opened(
@@ -257,18 +264,39 @@ def _open(path: Path, overrides: dict[str, Any], pieces: Mapping[str, Path]) -> 
 def find_composite(path: Path, pieces: Iterable[str]) -> table.Family | None:
     """Give the family of a release in pieces, or of a single `.pth` file; None where a config.json says what it is."""
     family = table.detect_composite(path, pieces)
-    if family is None and path.is_file() and path.suffix in hf.PICKLE_SUFFIXES:
-        family = table.detect_by_keys(lavis.read(path))
+    file = _single_file(path) if family is None else None
+    if file is not None:
+        family = table.detect_by_keys(lavis.read(file))
         if family is None:
             known = sorted({mark for row in table.FAMILIES for mark in row.key_marks})
             raise UnknownLayout(
-                f"{path}: its tensors are of no model that lavish reads from a single file; it knows names that begin "
+                f"{file}: its tensors are of no model that lavish reads from a single file; it knows names that begin "
                 f"with {', '.join(known) or 'nothing'}. Give the folder that holds config.json and the weights."
             )
     return family
 
 
-def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Mapping[str, Any]) -> _Opened:
+def _single_file(path: Path) -> Path | None:
+    """Give the `.pth` file that `path` is, or that is alone in a folder without weights of another layout."""
+    if path.is_file():
+        return path if path.suffix in hf.PICKLE_SUFFIXES else None
+    files = sorted(path.glob(f"*{lavis.SUFFIX}"))
+    is_other = any((path / name).exists() for name in hf.WEIGHT_FILES)
+    return files[0] if len(files) == 1 and not is_other else None
+
+
+def _sample_family(path: Path, pieces: Iterable[str]) -> table.Family | None:
+    """Give the family of a path if it is one of no chat networks."""
+    family = find_composite(path, pieces)
+    if family is None and (path / "config.json").is_file():
+        fields = read_config_json(path)
+        family = next(
+            (row for row in table.FAMILIES if row.opener and row.model_type == fields.get("model_type")), None
+        )
+    return family if family is not None and family.opener is not None else None
+
+
+def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Iterable[str]) -> _Opened:
     config_dict = read_config_json(folder)
     family = table.detect_family(config_dict, str(folder / "config.json"))
     _check_pieces(pieces, family, is_whole=True)
@@ -281,7 +309,7 @@ def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Mapping[str, A
     return _Opened(folder, config_dict, family, config, tensors, generation_config, sampling_defaults)
 
 
-def _check_pieces(pieces: Mapping[str, Any], family: table.Family, *, is_whole: bool = False) -> None:
+def _check_pieces(pieces: Iterable[str], family: table.Family, *, is_whole: bool = False) -> None:
     """Refuse a keyword that is no piece of the family, and every piece of a release that `is_whole`."""
     options = [name for name, value in signature(load).parameters.items() if value.kind is value.KEYWORD_ONLY]
     known = () if is_whole else family.pieces
@@ -346,6 +374,27 @@ def _load_network(
     family.complete(network, left)
     config.dtype = dtype
     return network.eval()
+
+
+def _load_samples(
+    name: Any,
+    path: Path,
+    family: table.Family,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    config: Any,
+    tokenizer: Any,
+    refused: Mapping[str, Any],
+) -> VLM:
+    """Load a model that captions, answers or embeds; `refused` are options that it does not take."""
+    from lavish.inference.sample_model import SampleModel  # chat models do without it
+
+    if given := [option for option, value in refused.items() if value not in (None, False)]:
+        raise ConfigError(f"{path} is a model of the family {family.name!r}, which takes no {given[0]}=.")
+    weight_dtype = resolve_dtype(dtype, torch.float32, device)
+    fields = _overrides(config, None)
+    samples = family.open_samples(path, config=fields or None, tokenizer=tokenizer)
+    return SampleModel(samples.to(device=device, dtype=weight_dtype).eval(), name=str(name))
 
 
 def _talking(

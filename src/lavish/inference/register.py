@@ -6,7 +6,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from lavish.inference.hf_quantizer import register_int8
 from lavish.models import FAMILIES
-from lavish.processors.tokenizers import SentencePieceTokenizer
 
 
 def register() -> None:
@@ -18,10 +17,15 @@ def register() -> None:
     """
     register_int8()
     for family in FAMILIES:
+        if family.opener is not None:  # no chat network; transformers knows BLIP itself
+            continue
         config, model = family.config_class, family.model_class
         AutoConfig.register(family.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
         AutoModelForImageTextToText.register(config, model, exist_ok=True)
-        # By name, for folders whose tokenizer_config.json says it: transformers' own readers of sentencepiece differ.
-        AutoTokenizer.register(config, tokenizer_class=SentencePieceTokenizer, exist_ok=True)
+        if family.tokenizer_class is not None:
+            # By the name that tokenizer_config.json asks for, so not under the family's own config: with
+            # trust_remote_code=True transformers prefers a folder's code to what is registered for its config.
+            key = config.sub_configs.get("vision_config", config)
+            AutoTokenizer.register(key, tokenizer_class=family.tokenizer_class, exist_ok=True)
         AutoProcessor.register(config, family.processor_class, exist_ok=True)

@@ -38,6 +38,8 @@ from lavish.inference.streaming import TextStream
 _FIRST_ANSWER_TOKENS = 256
 """Room for the answer in a new cache; it grows when a longer one comes."""
 
+CAPTION_PROMPT = "Describe this image."
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -281,6 +283,37 @@ class VLM:
             rows = order[start : start + batch_size]
             replies.update(zip(rows, self._batch([prompts[i] for i in rows], [limits[i] for i in rows], options)))
         return [replies[i] for i in range(len(prompts))]
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What it can do, by the name of the method."""
+        return ("chat", "stream", "batch", "caption", "answer")
+
+    def caption(self, image: Any, *, prompt: str = CAPTION_PROMPT, **generation: Any) -> str:
+        """Describe a picture, as an answer to `prompt`.
+
+        Raises: as `chat`.
+        """
+        return self.answer(image, prompt, **generation)
+
+    def answer(self, image: Any, question: str, **generation: Any) -> str:
+        """Answer one question about a picture; `chat` with a single message, its text alone.
+
+        Raises: as `chat`.
+        """
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        return self.chat([{"role": "user", "content": content}], **generation).text
+
+    def embed(self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None) -> torch.Tensor:
+        """Raise: a network that talks was never trained to compare pictures with texts.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"{self!r} has no embeddings: a network that talks was never trained to compare pictures with texts. "
+            "Load one that was, such as BLIP's feature extractor (`lavish zoo` lists them)."
+        )
 
     # Adapters. They change the weights, so nothing that was computed under others is kept.
 

@@ -10,10 +10,11 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lavish.checkpoints import hub
+from lavish.checkpoints import hf, hub
 from lavish.checkpoints.release import Release
 from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout, did_you_mean
 
@@ -47,12 +48,14 @@ class Family:
     key_marks: tuple[str, ...] = ()
     """Beginnings of tensor names, any of which tells the family of a single `.pth` file."""
     opener: str | None = None
-    """"module:function" that loads what is no chat network, (path, device, dtype, config) -> model; see
-    `inference/lavis_models.py`."""
+    """Where a family of no chat networks has what loads it whole: "module:function" of the package, called with a
+    path, config and tokenizer; it gives a registered model. See `inference/sample_model.py`."""
+    tokenizer: str | None = None
+    """"module:Class" for `AutoTokenizer`, where the release names a class of its own."""
     renames_adapters: bool = False
     """True if our modules have other names than the release's, so that its adapters need `weights.native_adapter`:
     (fields of adapter_config.json, tensors) -> both as they fit our modules."""
-    capabilities: tuple[str, ...] = ("chat", "stream", "batch")
+    capabilities: tuple[str, ...] = ("chat", "stream", "batch", "caption", "answer")
     """What a loaded model of the family can do, of `CAPABILITIES`."""
 
     @property
@@ -94,6 +97,21 @@ class Family:
     def is_composite(self) -> bool:
         """True if releases come in pieces: `weights.PIECES` names them, `weights.open_release` puts them together."""
         return bool(self.marks or self.piece_marks) and self.opener is None
+
+    @property
+    def tokenizer_class(self) -> Any:
+        """The class that `AutoTokenizer` gives; None: what tokenizer_config.json says."""
+        if self.tokenizer is None:
+            return None
+        module, _, name = self.tokenizer.partition(":")
+        return getattr(import_module(module), name)
+
+    def open_samples(self, path: Path, **options: Any) -> Any:
+        """Load the registered model of a family of no chat networks."""
+        if self.opener is None:
+            raise ConfigError(f"The family {self.name!r} is of chat networks.")
+        module, _, name = self.opener.partition(":")
+        return attrgetter(name)(import_module(f"{self.package}.{module}"))(checkpoint=path, **options)
 
     @property
     def pieces(self) -> tuple[str, ...]:
@@ -158,6 +176,35 @@ FAMILIES: tuple[Family, ...] = (
         model="CogVLMForCausalLM",
         processor="CogVLMProcessor",
         has_manifest=True,
+        tokenizer="lavish.processors.tokenizers:SentencePieceTokenizer",
+    ),
+    Family(
+        name="clip_qwen",
+        model_type="clip_qwen",
+        architectures=("ClipQwenForConditionalGeneration",),
+        package="lavish.models.clip_qwen",
+        config="ClipQwenConfig",
+        model="ClipQwenForConditionalGeneration",
+        processor="ClipQwenProcessor",
+        marks=("other_params.bin", "*/other_params.bin"),
+        piece_marks=("vision_tower",),
+        renames_adapters=True,
+    ),
+    Family(
+        name="glm4v_9b",
+        model_type="chatglm",
+        architectures=(
+            "ChatGLMModel",
+            "ChatGLMForConditionalGeneration",
+            "ChatGLMForCausalLM",
+            "Glm4v9bForCausalLM",
+        ),
+        package="lavish.models.glm4v_9b",
+        config="ChatGLMConfig",
+        model="Glm4v9bForCausalLM",
+        processor="Glm4v9bProcessor",
+        needs=("vision_config",),
+        tokenizer="lavish.models.glm4v_9b.tokenizer:ChatGLM4Tokenizer",
     ),
     Family(
         name="minigpt4_qwen",
@@ -170,6 +217,31 @@ FAMILIES: tuple[Family, ...] = (
         marks=("eva*.pth", "*/eva*.pth", "layer_*-model_states.pt", "mp_rank_00_model_states.pt"),
         piece_marks=("eva", "blip2", "qformer"),
         key_marks=("llm_proj.", "llm_model."),
+        renames_adapters=True,
+    ),
+    Family(
+        name="blip",
+        model_type="blip",
+        architectures=("BlipForConditionalGeneration", "BlipForQuestionAnswering", "BlipForImageTextRetrieval"),
+        package="lavish.models.blip",
+        config="BlipConfig",
+        model="BlipForConditionalGeneration",
+        processor="BlipProcessor",
+        key_marks=("text_decoder.bert.", "text_encoder.encoder."),
+        opener="whole:open_model",
+        capabilities=("caption", "answer", "embed"),
+    ),
+    Family(
+        name="gpt_dialogue",
+        model_type="gpt_dialogue",
+        architectures=("GPTDialogueLMHeadModel",),
+        package="lavish.models.gpt_dialogue",
+        config="GPTDialogueConfig",
+        model="GPTDialogueLMHeadModel",
+        processor="GPTDialogueProcessor",
+        key_marks=("video_ff.",),
+        opener="samples:GPTDialogue.from_pretrained",
+        capabilities=("answer",),
     ),
 )
 
@@ -273,6 +345,17 @@ ZOO: tuple[ZooEntry, ...] = (
         "the same in Chinese and English (OCRBench 780 as published)",
         "chat",
     ),
+    ZooEntry(
+        "glm-4v-9b",
+        "glm4v_9b",
+        "THUDM/glm-4v-9b",
+        "GLM-4 model licence (research; commercial use after registration)",
+        13_906_320_896,
+        27_812_641_856,
+        1120,
+        "conversations about one picture at 1120 px, in Chinese and English (MMBench EN 81.1, OCRBench 786)",
+        "chat",
+    ),
 )
 
 _BY_NAME = {entry.name: entry for entry in ZOO}
@@ -333,13 +416,14 @@ def detect_family(config: Mapping[str, Any], where: str) -> Family:
 
 def detect_composite(path: Path, pieces: Iterable[str]) -> Family | None:
     """Give the family whose release comes in pieces and that `path` (a folder or a file) is or belongs to: by the names
-    of the pieces that were given, else by the files. None: no such release, which a config.json describes."""
+    of the pieces that were given, else by the files. None: no such release; a config.json beside weights describes it.
+    """
+    if (path / "config.json").is_file() and any((path / name).exists() for name in hf.WEIGHT_FILES):
+        return None
     given = set(pieces)
     for row in FAMILIES:
         if given.intersection(row.piece_marks):
             return row
-    if path.is_dir() and (path / "config.json").is_file():
-        return None
     for row in FAMILIES:
         if path.is_file() and any(fnmatch(path.name, pattern.rpartition("/")[2]) for pattern in row.marks):
             return row
