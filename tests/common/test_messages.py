@@ -84,7 +84,7 @@ def test_one_conversation_or_many():
         ([{"role": "user", "content": [{"type": "image", "url": "a", "path": "b"}]}], "found 2"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "needs {'image_url': {'url'"),
         ([{"role": "user", "content": [{"type": "imge", "image": "a"}]}], "unknown type 'imge'.*Did you mean 'image'"),
-        ([{"role": "user", "content": [{"type": "video", "video": "a"}]}], "unknown type 'video'"),
+        ([{"role": "user", "content": [{"type": "audio", "audio": "a"}]}], "unknown type 'audio'"),
         ([USER, {"role": "assistant", "content": [{"type": "image", "image": "a"}]}], "Message 1 .* holds an image"),
         ([{"role": "system", "content": [{"type": "image", "image": "a"}]}], "Message 0 .* holds an image"),
         ([{"role": "user", "content": "half \ud83d"}], "lone surrogate at character 5"),

@@ -1,8 +1,8 @@
 """Chat messages: checked once, then the same small dataclasses for every family.
 
 The form is that of transformers and of the OpenAI API: `{"role", "content"}` with content a string or a list of parts
-(`text`, `image`, `image_url`, and `video` for the families that see one). Here the shape and the order of the turns are checked; nothing is opened, downloaded or
-tokenised.
+(`text`, `image`, `image_url`, and `video` for the families that see one). Here the shape and the order of the turns are
+checked; nothing is opened, downloaded or tokenised.
 """
 
 from __future__ import annotations
