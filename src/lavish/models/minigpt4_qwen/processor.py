@@ -201,7 +201,7 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
         rows, texts = [], []
         for index, conversation in enumerate(conversations):
             try:
-                spoken = self._spoken(normalize(conversation), frames)
+                spoken = self._spoken(normalize(conversation, allow_videos=True), frames)
                 _check_end(spoken.is_finished, add_generation_prompt, return_labels)
                 if not tokenize:
                     texts.append(self._text(spoken, add_generation_prompt))
