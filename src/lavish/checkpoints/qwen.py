@@ -5,7 +5,13 @@ Source: Qwen/Qwen-7B-Chat (index of its shards); adapters of WatchTower-Liu/VLM-
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 from lavish.checkpoints.rules import Drop, Rename, Rule, Split
+from lavish.common.errors import CheckpointError, ConfigError
 
 
 def qwen_rules(source: str = "", target: str = "language_model.") -> tuple[Rule, ...]:
@@ -32,3 +38,56 @@ def qwen_rules(source: str = "", target: str = "language_model.") -> tuple[Rule,
         Rename(f"{block}.mlp.w2.weight", f"{mlp}.gate_proj.weight"),
         Rename(f"{block}.mlp.c_proj.weight", f"{mlp}.down_proj.weight"),
     )
+
+
+LORA_TARGETS = MappingProxyType(
+    {
+        "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn.c_proj": ("self_attn.o_proj",),
+        "mlp.w1": ("mlp.up_proj",),
+        "mlp.w2": ("mlp.gate_proj",),
+        "mlp.c_proj": ("mlp.down_proj",),
+    }
+)
+"""What a LoRA may be on, and what that is here."""
+_LORA = re.compile(r"(.*?\.)?transformer\.h\.(\d+)\.((?:attn|mlp)\.\w+)\.(lora_[AB])\.weight")
+_PEFT = "base_model.model."
+
+
+def native_lora(
+    fields: Mapping[str, Any], tensors: Mapping[str, Any], target: str = "language_model."
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give a LoRA on the released modules as one for `QwenDecoder` (at the prefix `target`); one for ours as it is.
+
+    That of the fused c_attn becomes three with the same lora_A and a third of lora_B each: the same sum.
+
+    Args:
+        fields: adapter_config.json. tensors: by PEFT's names, without the adapter's name.
+    Raises:
+        ConfigError: an adapter whose ranks differ by module, or with biases: their names could not be carried over.
+        CheckpointError: a lora_B whose rows are no thirds.
+    """
+    if not any(_LORA.fullmatch(name) for name in tensors):
+        return dict(fields), dict(tensors)
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"):
+        if fields.get(name):
+            raise ConfigError(f"adapter_config.json: {name} is {fields[name]!r}; merge the adapter where it was made.")
+    made: dict[str, Any] = {}
+    modules: set[str] = set()
+    for name, value in tensors.items():
+        found = _LORA.fullmatch(name)
+        if found is None or found[3] not in LORA_TARGETS:
+            made[name] = value  # told as unexpected, by its own name
+            continue
+        ours = LORA_TARGETS[found[3]]
+        modules.update(ours)
+        if found[4] == "lora_B" and value.shape[0] % len(ours):
+            raise CheckpointError(f"{name!r} has {value.shape[0]} rows, which are not q, k and v of one size.")
+        share = value.shape[0] // len(ours)
+        for index, module in enumerate(ours):
+            part = value[index * share : (index + 1) * share] if found[4] == "lora_B" else value
+            made[f"{_PEFT}{target}layers.{found[2]}.{module}.{found[4]}.weight"] = part
+    # As a pattern, because a CLIP tower has a q_proj too.
+    pattern = rf"{re.escape(target)}layers\.\d+\.({'|'.join(re.escape(module) for module in sorted(modules))})"
+    # Its base is a path of the machine that trained it, which peft would look up on the hub when it saves.
+    return {**fields, "target_modules": pattern, "base_model_name_or_path": None}, made

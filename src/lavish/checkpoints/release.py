@@ -34,6 +34,8 @@ class Release:
     """Read a tokenizer from there, or from the folder that `lavish.load(tokenizer=...)` names."""
     generation_config: dict[str, Any] = field(default_factory=dict)
     """Of a generation_config.json: eos_token_id, temperature, top_p ..."""
+    adapter: Path | None = None
+    """Folder of the LoRA that the release consists of too; None: it has none."""
 
 
 def merged(path: Path, parts: Iterable[tuple[str, TensorMap]]) -> TensorMap:

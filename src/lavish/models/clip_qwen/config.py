@@ -1,0 +1,191 @@
+"""Configuration of CLIP + Qwen: a CLIP tower, an MLP projector and a Qwen of the first generation.
+
+No release has a config.json of its own: `weights.open_release` makes the fields from the pieces, and what no file
+records (tower, image token, prompt) stands in what lavish saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from transformers import CLIPVisionConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from lavish.common.errors import ConfigError, did_you_mean, shown
+from lavish.nn.qwen import QwenConfig
+from lavish.processors.pixels import CLIP_MEAN, CLIP_STD
+
+MAX_LAYERS = 1000
+"""The deepest part released has 40."""
+SYSTEM_PROMPT = "你是一位图像理解助手。"
+"""What the release was trained with."""
+SIZES = {
+    "vision_config": (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+    ),
+    "text_config": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+}
+
+
+class ClipQwenConfig(PreTrainedConfig):
+    """A CLIP + Qwen network. The defaults are those of Qwen-7B-Chat with clip-vit-large-patch14.
+
+    Raises: ConfigError where two fields cannot be true together.
+    """
+
+    model_type = "clip_qwen"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=CLIPVisionConfig),
+        "text_config": SubConfigSpec(config_class=QwenConfig),
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    vision_tower: str | None = None  # name of the tower's folder, for the record
+    language_model: str | None = None  # name of the decoder's folder, for the record
+    image_token_id: int = 151646  # <|extra_0|>
+    num_token_ids: int | None = 151851  # ids that have a text; the rows behind them are padding and never generated
+    pad_token_id: int | None = 151643  # <|endoftext|>
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None  # None: <|endoftext|>, <|im_start|>, <|im_end|>, before the image's id
+    system_prompt: str = SYSTEM_PROMPT
+    max_window_tokens: int = 6144  # of the system prompt and the past turns that a prompt keeps
+    pixel_rule: Literal["training", "webui"] = "training"
+    shortest_edge: int | None = None  # in pixels, before the centre crop to the tower's size; None: that size
+    image_mean: list[float] | None = None  # None: CLIP's
+    image_std: list[float] | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.01  # of the projector, as the release starts it
+
+    def __post_init__(self, **kwargs):
+        if self.eos_token_id is None:
+            self.eos_token_id = [self.image_token_id - 3, self.image_token_id - 2, self.image_token_id - 1]
+        for name in ("image_token_id", "max_window_tokens"):
+            _check_whole(name, getattr(self, name))
+        super().__post_init__(**kwargs)
+        for part, names in SIZES.items():
+            for name in names:
+                _check_whole(f"{part}.{name}", getattr(getattr(self, part), name))
+        self.shortest_edge = self.tower.image_size if self.shortest_edge is None else self.shortest_edge
+        self.image_mean = list(CLIP_MEAN) if self.image_mean is None else self.image_mean
+        self.image_std = list(CLIP_STD) if self.image_std is None else self.image_std
+        self._check()
+
+    def _check(self) -> None:
+        tower, text = self.tower, self.text
+        _check_whole("shortest_edge", self.shortest_edge)
+        if cast(int, self.shortest_edge) < cast(int, tower.image_size):
+            raise ConfigError(
+                f"config: shortest_edge is {self.shortest_edge} and the tower takes {tower.image_size} pixels: the "
+                "crop would be larger than the picture."
+            )
+        if self.pixel_rule not in ("training", "webui"):
+            raise ConfigError(f"config: pixel_rule is {shown(self.pixel_rule)}; it is 'training' or 'webui'.")
+        if self.tie_word_embeddings:
+            raise ConfigError("config: tie_word_embeddings is True; the family has a head of its own.")
+        for name, part in (("vision_config", tower), ("text_config", text)):
+            if part.hidden_size % part.num_attention_heads:
+                raise ConfigError(
+                    f"config: {name}.hidden_size {part.hidden_size} does not divide into {part.num_attention_heads} "
+                    "heads."
+                )
+            if part.num_hidden_layers > MAX_LAYERS:
+                raise ConfigError(f"config: {name}.num_hidden_layers is {part.num_hidden_layers}, over {MAX_LAYERS}.")
+        for name in ("image_token_id", "num_token_ids"):
+            value = getattr(self, name)
+            if value is not None and value > text.vocab_size:
+                raise ConfigError(
+                    f"config: {name} is {value} and text_config.vocab_size {text.vocab_size}: the tokenizer has more "
+                    "ids than the decoder. Do they belong together?"
+                )
+
+    @property
+    def tower(self) -> CLIPVisionConfig:
+        """`vision_config`, which is a config as soon as this one is made."""
+        return cast(CLIPVisionConfig, self.vision_config)
+
+    @property
+    def text(self) -> QwenConfig:
+        """`text_config`, as `tower`."""
+        return cast(QwenConfig, self.text_config)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Slots of one image: the patches, the class row left out."""
+        return (cast(int, self.tower.image_size) // cast(int, self.tower.patch_size)) ** 2
+
+    # What generation and inference ask of a config stands in the decoder's.
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return self.text.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the decoder."""
+        return self.text.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the decoder."""
+        return self.text.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Heads of the decoder."""
+        return self.text.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """As many as heads."""
+        return self.text.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head of the decoder."""
+        return self.text.hidden_size // self.text.num_attention_heads
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens of context; an image takes `num_image_tokens` of them."""
+        return self.text.max_position_embeddings
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """As transformers': the decoder's config, whose sizes a cache is made with."""
+        return self.text
+
+
+def read_config(config: dict[str, Any], where: str, **overrides: Any) -> ClipQwenConfig:
+    """Make the config of a saved config.json, or of the fields of `weights.open_release`.
+
+    Args:
+        config: the parsed fields.
+        where: the file or folder, for messages.
+        overrides: fields to replace; those of a part may be some of them.
+    Raises: ConfigError.
+    """
+    known = set(ClipQwenConfig.__dataclass_fields__)
+    if unknown := [key for key in overrides if key not in known]:
+        raise ConfigError(f"config: {unknown[0]!r} is no field of ClipQwenConfig.{did_you_mean(unknown[0], known)}")
+    fields = {key: value for key, value in config.items() if key not in ("auto_map", "model_type")}
+    for part in SIZES:
+        stored, given = fields.get(part) or {}, overrides.pop(part, None) or {}
+        if not isinstance(stored, Mapping) or not isinstance(given, Mapping):
+            raise ConfigError(f"{where}: {part} is {shown(given or stored)} and must be an object.")
+        fields[part] = {**stored, **given}
+        if absent := [name for name in SIZES[part] if name not in fields[part]]:
+            raise ConfigError(f"{where}: lacks {part}.{absent[0]}. Fetch the file again, or give it with config=...")
+    return ClipQwenConfig(**{**fields, **overrides})
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ConfigError(f"config: {name} is {shown(value)} and must be a whole number above 0.")

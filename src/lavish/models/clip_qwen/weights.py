@@ -1,0 +1,201 @@
+"""The pieces of a CLIP + Qwen release: three folders, their names in our modules, and LoRA adapters on them.
+
+Source: WatchTower-Liu/VLM-learning, trainer.py (what a checkpoint-N holds). `training_args.bin` beside the weights is a
+pickle of a class of the training program: it is never opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from lavish.checkpoints import hf
+from lavish.checkpoints.json_file import read_object, read_optional_object
+from lavish.checkpoints.qwen import native_lora, qwen_rules
+from lavish.checkpoints.release import Release, find_piece, merged
+from lavish.checkpoints.rules import Drop, Rename, Rule
+from lavish.checkpoints.tensor_map import TensorMap
+from lavish.common.errors import CheckpointError, ConfigError
+from lavish.nn.qwen import read_qwen_config
+from lavish.processors.qwen_tokenizer import load_qwen_tokenizer, special_ids
+
+PIECES = ("vision_tower", "llm")
+"""Beside the folder that was trained; its `base_model_name_or_path` is of the machine that trained it."""
+PROJECTOR_FILE = "other_params.bin"
+ADAPTER_CONFIG = "adapter_config.json"
+
+_TOWER, _IN_CLIP = "vision_tower", "vision_tower.vision_model"
+RULES: tuple[Rule, ...] = (
+    *(Drop(f"{_TOWER}.text_model{'.*' * depth}", why="CLIP's text tower") for depth in (2, 3, 5, 6)),
+    Drop(f"{_TOWER}.visual_projection.weight", why="into the space that CLIP shares with texts"),
+    Drop(f"{_TOWER}.text_projection.weight", why="of CLIP's text tower"),
+    Drop(f"{_TOWER}.logit_scale", why="of CLIP's training"),
+    Drop(f"{_IN_CLIP}.embeddings.position_ids", why="a constant of the code, stored by older files"),
+    Drop(f"{_IN_CLIP}.post_layernorm.*", why="of the class row, which is not used"),
+    *(Rename(f"{_IN_CLIP}{'.*' * depth}", f"{_TOWER}{'.*' * depth}") for depth in (2, 3, 5, 6)),
+    *qwen_rules(),
+)
+
+TENSOR_PARALLEL_PLAN = MappingProxyType(
+    {
+        "language_model.layers.*.self_attn.q_proj": "colwise",
+        "language_model.layers.*.self_attn.k_proj": "colwise",
+        "language_model.layers.*.self_attn.v_proj": "colwise",
+        "language_model.layers.*.self_attn.o_proj": "rowwise",
+        "language_model.layers.*.mlp.gate_proj": "colwise",
+        "language_model.layers.*.mlp.up_proj": "colwise",
+        "language_model.layers.*.mlp.down_proj": "rowwise",
+        "lm_head": "colwise_gather_output",
+    }
+)
+"""What several processes share. Whole in each of them: embedding table, norms, tower and projector, 14 % of the 7B."""
+
+
+def complete(network: nn.Module, absent: Iterable[str] = ()) -> None:
+    """Make what no file holds: constants of transformers' tower. Call it after every load.
+
+    Raises:
+        CheckpointError: a name that cannot be computed.
+    """
+    import torch
+
+    for name in absent:
+        if not name.endswith("embeddings.position_ids"):
+            raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
+        embeddings: Any = network.get_submodule(name.rpartition(".")[0])
+        device = embeddings.patch_embedding.weight.device
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+
+
+def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
+    """Open the three folders of a release as one.
+
+    `path` is a folder that holds them side by side, or the one that was trained (`other_params.bin`, and mostly a
+    LoRA), with the others beside it or named by `vision_tower=` and `llm=`.
+
+    Raises:
+        ConfigError: a piece is absent, there twice, or of another kind.
+        CheckpointError: a piece is damaged.
+    """
+    trained = _trained(path)
+    beside = sorted(entry for entry in (path if trained != path else path.parent).iterdir() if entry.is_dir())
+    vision_folder = _piece("vision_tower", path, pieces, beside, "clip", "clip_vision_model")
+    llm = _piece("llm", path, pieces, beside, "qwen")
+    projector = hf.read(trained / PROJECTOR_FILE)
+    tensors = merged(path, [("", hf.read(llm)), (f"{_TOWER}.", hf.read(vision_folder)), ("projector.", projector)])
+    answering = read_optional_object(llm / "generation_config.json")
+    fields = {
+        "architectures": ["ClipQwenForConditionalGeneration"],
+        "vision_config": _vision_fields(vision_folder, tensors),
+        "text_config": read_qwen_config(read_object(llm / "config.json"), str(llm / "config.json")).to_dict(),
+        "vision_tower": vision_folder.resolve().name,
+        "language_model": llm.resolve().name,
+        **_token_fields(llm),
+        **_pixel_fields(vision_folder),
+    }
+    if isinstance(answering.get("max_window_size"), int):
+        fields["max_window_tokens"] = answering["max_window_size"]
+    # Its eos is <|endoftext|>; the chat model ends with <|im_end|>. The config's list says all.
+    sampling = {name: value for name, value in answering.items() if name != "eos_token_id"}
+    adapter = trained if (trained / ADAPTER_CONFIG).is_file() else None
+    return Release(fields, tensors, llm, load_qwen_tokenizer, sampling, adapter=adapter)
+
+
+def native_adapter(fields: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give a released LoRA (on c_attn, w1, w2) as one for our modules; one for ours as it is."""
+    return native_lora(fields, tensors, "language_model.")
+
+
+def tie_shared_lora(network: nn.Module) -> int:
+    """Let q, k and v of each layer share one lora_A, as a LoRA on the fused c_attn does; gives how many were tied.
+
+    For training as the release trains: apart, the three would move apart.
+    """
+    tied = 0
+    for module in network.modules():
+        projections = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        if all(hasattr(projection, "lora_A") for projection in projections):  # what peft puts there
+            first: Any = projections[0]
+            for other in projections[1:]:
+                for adapter in first.lora_A:
+                    other.lora_A[adapter].weight = first.lora_A[adapter].weight  # pyright: ignore
+                    tied += 1
+    return tied
+
+
+def _trained(path: Path) -> Path:
+    """Give the folder of `other_params.bin`: `path`, or the one inside it; of several checkpoint-N none is chosen."""
+    if not path.is_dir():
+        raise ConfigError(f"{path} is a file; give the folder that holds {PROJECTOR_FILE}.")
+    if (path / PROJECTOR_FILE).is_file():
+        return path
+    found = sorted(file.parent for file in path.glob(f"*/{PROJECTOR_FILE}"))
+    if not found:
+        raise ConfigError(f"{path}: no {PROJECTOR_FILE} (the projector), neither there nor in a folder inside.")
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise ConfigError(
+            f"{path} holds {len(found)} trained folders ({names}). Give one of them as the path; the pieces beside it "
+            "are found."
+        )
+    return found[0]
+
+
+def _piece(name: str, path: Path, pieces: Mapping[str, Path], beside: Iterable[Path], *model_types: str) -> Path:
+    """Give the folder of a piece: the named one, or the one beside whose config.json has the model_type."""
+    here = [
+        folder
+        for folder in beside
+        if read_optional_object(folder / "config.json").get("model_type") in model_types and name not in pieces
+    ]
+    folder = find_piece(name, path, pieces, here)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{name}={str(folder)!r} has no config.json; give the folder of the released {name}.")
+    found = read_object(folder / "config.json").get("model_type")
+    if found not in model_types:
+        raise ConfigError(f"{folder}: config.json says model_type {found!r}; {name} takes {' or '.join(model_types)}.")
+    return folder
+
+
+def _vision_fields(folder: Path, tensors: TensorMap) -> dict[str, Any]:
+    """Give the tower's config; sizes that the file leaves out are CLIP's defaults."""
+    from transformers import CLIPVisionConfig
+
+    config = read_object(folder / "config.json")
+    fields = config.get("vision_config", config if config.get("model_type") == "clip_vision_model" else None)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{folder / 'config.json'}: has no vision_config; give the folder of a CLIP model.")
+    if f"{_IN_CLIP}.embeddings.class_embedding" not in tensors:
+        raise CheckpointError(f"{folder}: its weights hold no vision_model; fetch the released CLIP folder again.")
+    known = CLIPVisionConfig(**{key: value for key, value in fields.items() if key != "model_type"}).to_dict()
+    names = (*CLIPVisionConfig.__annotations__, "model_type")
+    return {name: known[name] for name in names if name in known}
+
+
+def _token_fields(llm: Path) -> dict[str, Any]:
+    """Give the special ids, which follow from the number of ranks."""
+    tokenizer = load_qwen_tokenizer(llm)
+    ids = special_ids(tokenizer)
+    return {
+        "image_token_id": ids.image,
+        "pad_token_id": ids.end_of_text,
+        "eos_token_id": list(ids.stop),
+        "num_token_ids": len(tokenizer),
+    }
+
+
+def _pixel_fields(folder: Path) -> dict[str, Any]:
+    """Give what preprocessor_config.json says of pixels; its sizes are whole numbers or dicts."""
+    fields = read_optional_object(folder / "preprocessor_config.json")
+    found: dict[str, Any] = {name: fields[name] for name in ("image_mean", "image_std") if name in fields}
+    size = fields.get("size")
+    size = size.get("shortest_edge") if isinstance(size, dict) else size
+    if isinstance(size, int):
+        found["shortest_edge"] = size
+    if fields.get("resample", 3) != 3:
+        raise ConfigError(f"{folder}: preprocessor_config.json says resample {fields['resample']!r}, not 3 (bicubic).")
+    return found
