@@ -143,6 +143,8 @@ class MiniGPT4QwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         token_type_ids: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Run the network.
@@ -157,8 +159,16 @@ class MiniGPT4QwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             labels: (batch, seq), -100 = ignore; shifted by one here. The loss is the mean over label tokens.
             logits_to_keep: logits of the last so many columns only; 0: of all.
             token_type_ids: ignored: the ids tell the slots.
-        Raises: PromptError if slots and images do not fit together.
+            output_hidden_states, output_attentions: what PEFT passes on; the decoder keeps neither.
+        Raises:
+            PromptError: slots and images do not fit together.
+            ConfigError: states or attention weights were asked.
         """
+        if output_hidden_states or output_attentions:
+            raise ConfigError(
+                "output_hidden_states or output_attentions was asked, and this network keeps neither; put a forward "
+                "hook on language_model.layers."
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise PromptError("forward got both or none of input_ids and inputs_embeds; give exactly one.")
         if inputs_embeds is None:

@@ -17,7 +17,7 @@ from typing import Any
 from lavish.checkpoints import hf, lavis
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.checkpoints.pickles import read_table, read_tree
-from lavish.checkpoints.qwen import qwen_rules
+from lavish.checkpoints.qwen import native_lora, qwen_rules
 from lavish.checkpoints.release import Release, find_piece, merged
 from lavish.checkpoints.rules import Drop, Merge, Rename, Rule, Surplus
 from lavish.checkpoints.tensor_map import TensorInfo, TensorMap
@@ -97,6 +97,11 @@ def complete(network: Any, absent: Iterable[str] = ()) -> None:
     """
     for name in absent:
         raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
+
+
+def native_adapter(fields: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give a LoRA on the released decoder (`c_attn` ...) as one for our modules; one for ours as it is."""
+    return native_lora(fields, tensors, "language_model.")
 
 
 # -- the pieces --------------------------------------------------------------------------------------------------------
