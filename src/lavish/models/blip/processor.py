@@ -82,6 +82,13 @@ def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTo
 def _read(folder: Path) -> PreTrainedTokenizerBase:
     if (folder / "vocab.txt").is_file():
         lower = read_optional_object(folder / "tokenizer_config.json").get("do_lower_case", True)
+        entries = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        # transformers would add what is absent behind the vocabulary, and shift [DEC] and [ENC].
+        if absent := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in entries]:
+            raise CheckpointError(
+                f"{folder / 'vocab.txt'}: {len(entries)} entries without {', '.join(absent)}; BLIP needs the "
+                "vocabulary of bert-base-uncased (30522 entries). Fetch it again."
+            )
         return BertTokenizer(vocab=str(folder / "vocab.txt"), do_lower_case=bool(lower))
     if (folder / "tokenizer.json").is_file():
         read_object(folder / "tokenizer.json")  # tells a cut download or an error page in words

@@ -288,7 +288,7 @@ class BlipCaption(BlipBase):
             repetition_penalty: None is 1.0 with beams and 1.1 in drawing, which LAVIS takes whatever is asked.
             num_captions: captions of each picture, one after the other; beams give the same one.
             prompt: what captions begin with, one for all or one a picture; None: of the samples, else the model's.
-            length_penalty: exponent of a beam's length; with 0 short captions win.
+            length_penalty: exponent of a beam's length, which divides its score; above 1 longer captions win.
             temperature: below 1 likelier, above 1 more varied.
             top_k: the most tokens to draw from; 0 is all.
             generator: source of random numbers; None: torch's own.

@@ -1,0 +1,120 @@
+"""Files behind a URL: fetched once, resumed, never taken incomplete. The server is one of this process."""
+
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lavish.checkpoints import download
+from lavish.checkpoints.download import cache_folder, fetch, is_url
+from lavish.common.errors import CheckpointError, ConfigError
+
+CONTENT = bytes(range(256)) * 40
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT, from where a Range asks; `broken` answers stop half way, `/whole` knows no ranges."""
+
+    asked: list[str | None] = []
+    broken = 0
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        type(self).asked.append(wanted)
+        if "absent" in self.path:
+            self.send_error(404)
+            return
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and "whole" not in self.path else 0
+        if start >= len(CONTENT):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.end_headers()
+        body = CONTENT[start:]
+        if type(self).broken:
+            type(self).broken -= 1
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("LAVISH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    Server.asked, Server.broken = [], 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_a_file_is_fetched_once(server: str) -> None:
+    file = fetch(f"{server}/models/x.pth")
+    assert (file.name, file.read_bytes()) == ("x.pth", CONTENT)
+    assert file.is_relative_to(cache_folder())
+    assert fetch(f"{server}/models/x.pth") == file
+    assert Server.asked == [None]
+    assert fetch(f"{server}/others/x.pth") != file, "another URL is another file"
+
+
+def test_what_broke_off_goes_on(server: str) -> None:
+    Server.broken = 2
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="Run again: it resumes"):
+            fetch(f"{server}/x.pth")
+    file = fetch(f"{server}/x.pth")
+    assert file.read_bytes() == CONTENT
+    half = len(CONTENT) // 2
+    assert Server.asked == [None, f"bytes={half}-", f"bytes={half + half // 2}-"]
+    assert [path.name for path in file.parent.iterdir()] == ["x.pth"]
+
+
+def test_a_server_without_ranges_starts_again(server: str) -> None:
+    Server.broken = 1
+    with pytest.raises(CheckpointError):
+        fetch(f"{server}/whole.pth")
+    assert fetch(f"{server}/whole.pth").read_bytes() == CONTENT
+
+
+def test_a_part_that_is_all_there(server: str) -> None:
+    file = fetch(f"{server}/x.pth")
+    file.rename(file.with_name("x.pth.part"))
+    assert fetch(f"{server}/x.pth").read_bytes() == CONTENT
+
+
+def test_what_is_not_there(server: str) -> None:
+    with pytest.raises(CheckpointError, match=r"absent\.pth: could not be fetched \(Not Found\)"):
+        fetch(f"{server}/absent.pth")
+
+
+def test_offline(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = fetch(f"{server}/x.pth")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch(f"{server}/x.pth") == file
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
+        fetch(f"{server}/y.pth")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"), [("http://example.org/x.pth", "only https"), ("https://example.org/", "names no file")]
+)
+def test_refused(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fetch(url)
+
+
+def test_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LAVISH_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert download.cache_folder() == Path("/somewhere/lavish")
+    assert is_url("https://x/y.pth")
+    assert not is_url("models/y.pth")
+    assert not is_url(Path("x"))
