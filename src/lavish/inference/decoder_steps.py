@@ -89,6 +89,10 @@ class DecoderSteps:
         self.config = self.network.config
         self.num_layers = self.config.num_hidden_layers
         self.context_tokens = self.config.max_position_embeddings
+        # Rows of the head that no token has; only a transformers network has a generation_config.
+        generation_config = getattr(self.network, "generation_config", None)
+        self._suppressed: list[int] = getattr(generation_config, "suppress_tokens", None) or []
+        self._never: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +159,14 @@ class DecoderSteps:
         cache.select_rows(index)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.network.lm_head(hidden_states[:, -1]).float()
+        logits = self.network.lm_head(hidden_states[:, -1]).float()
+        if not self._suppressed:
+            return logits
+        if self._never is None or self._never.device != logits.device:
+            never = torch.zeros(logits.shape[-1], dtype=torch.bool)
+            never[self._suppressed] = True
+            self._never = never.to(logits.device)
+        return logits.masked_fill(self._never, -torch.inf)
 
     def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.device)

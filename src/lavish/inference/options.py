@@ -128,7 +128,7 @@ class GenerationOptions:
 
 def parse_options(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> GenerationOptions:
     """Check generation options by name; `defaults` fill in temperature, top_p and top_k where sampling is asked for
-    without them.
+    without them, and a repetition penalty, which changes greedy answers too.
 
     Raises:
         ConfigError: an unknown option (the nearest name is suggested) or a wrong value.
@@ -142,10 +142,13 @@ def parse_options(given: dict[str, Any], defaults: dict[str, Any] | None = None)
     for name in given:
         if name not in known:
             raise ConfigError(f"No generation option {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+    defaults = dict(defaults or {})
+    if (penalty := defaults.pop("repetition_penalty", None)) is not None:
+        given = {"repetition_penalty": penalty, **given}
     options = GenerationOptions(**given)
     if options.samples:
         # What generation_config.json says is used for a draw that leaves it open; it never turns sampling on by itself.
-        filled = {name: value for name, value in (defaults or {}).items() if given.get(name) is None}
+        filled = {name: value for name, value in defaults.items() if given.get(name) is None}
         options = GenerationOptions(**{**given, **filled, "do_sample": True})
         if options.temperature is None:
             options = GenerationOptions(**{**given, **filled, "do_sample": True, "temperature": 1.0})
@@ -153,7 +156,8 @@ def parse_options(given: dict[str, Any], defaults: dict[str, Any] | None = None)
 
 
 def read_sampling_defaults(fields: Mapping[str, Any] | None, where: str) -> dict[str, float]:
-    """Give temperature, top_p and top_k of a generation_config.json, as `defaults` of `parse_options`.
+    """Give temperature, top_p, top_k and repetition_penalty of a generation_config.json, as `defaults` of
+    `parse_options`.
 
     A temperature of 0 is greedy, and so no default of a draw.
 
@@ -163,7 +167,8 @@ def read_sampling_defaults(fields: Mapping[str, Any] | None, where: str) -> dict
     fields = {} if fields is None else fields
     if not isinstance(fields, Mapping):
         raise ConfigError(f"{where} must be a dict of options, not {shown(fields)}.")
-    found = {name: fields[name] for name in ("temperature", "top_p", "top_k") if fields.get(name) is not None}
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    found = {name: fields[name] for name in names if fields.get(name) is not None}
     for name, value in found.items():
         try:
             GenerationOptions(**{name: value})
