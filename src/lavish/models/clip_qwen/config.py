@@ -57,6 +57,7 @@ class ClipQwenConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None  # None: <|endoftext|>, <|im_start|>, <|im_end|>, before the image's id
     system_prompt: str = SYSTEM_PROMPT
     max_window_tokens: int = 6144  # of the system prompt and the past turns that a prompt keeps
+    repetition_penalty: float = 1.0  # of generated and prompt ids, in greedy answers too; Qwen-7B-Chat says 1.1
     pixel_rule: Literal["training", "webui"] = "training"
     shortest_edge: int | None = None  # in pixels, before the centre crop to the tower's size; None: that size
     image_mean: list[float] | None = None  # None: CLIP's
@@ -86,6 +87,9 @@ class ClipQwenConfig(PreTrainedConfig):
                 f"config: shortest_edge is {self.shortest_edge} and the tower takes {tower.image_size} pixels: the "
                 "crop would be larger than the picture."
             )
+        penalty = self.repetition_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < 100:
+            raise ConfigError(f"config: repetition_penalty is {shown(penalty)} and must be a number above 0.")
         if self.pixel_rule not in ("training", "webui"):
             raise ConfigError(f"config: pixel_rule is {shown(self.pixel_rule)}; it is 'training' or 'webui'.")
         if self.tie_word_embeddings:

@@ -55,9 +55,11 @@ class ClipQwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = QwenDecoder(config.text)
         self.lm_head = nn.Linear(hidden_size, config.text.vocab_size, bias=False)
         self.post_init()
-        if config.num_token_ids is not None and config.num_token_ids < config.vocab_size and self.generation_config:
-            # Rows that no token has: drawn, they could not be decoded.
-            self.generation_config.suppress_tokens = list(range(config.num_token_ids, config.vocab_size))
+        if self.generation_config is not None:
+            self.generation_config.repetition_penalty = config.repetition_penalty
+            if config.num_token_ids is not None and config.num_token_ids < config.vocab_size:
+                # Rows of the head that no token has: drawn, they could not be decoded.
+                self.generation_config.suppress_tokens = list(range(config.num_token_ids, config.vocab_size))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -62,8 +62,8 @@ class ClipQwenProcessor(ProcessorMixin):
         if self.chatml.ids.image != config.image_token_id:
             raise ConfigError(
                 f"The tokenizer's image token has the id {self.chatml.ids.image} and the model's "
-                f"{config.image_token_id} ({config.vocab_size} ids): the tokenizer belongs to another model. Name the right one with "
-                "tokenizer=..."
+                f"{config.image_token_id} ({config.vocab_size} ids): the tokenizer belongs to another model. Name the "
+                "right one with tokenizer=..."
             )
 
     @classmethod

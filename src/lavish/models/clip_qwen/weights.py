@@ -99,6 +99,8 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
     }
     if isinstance(answering.get("max_window_size"), int):
         fields["max_window_tokens"] = answering["max_window_size"]
+    if answering.get("repetition_penalty") is not None:
+        fields["repetition_penalty"] = answering["repetition_penalty"]
     # Its eos is <|endoftext|>; the chat model ends with <|im_end|>. The config's list says all.
     sampling = {name: value for name, value in answering.items() if name != "eos_token_id"}
     adapter = trained if (trained / ADAPTER_CONFIG).is_file() else None
