@@ -300,7 +300,8 @@ def read_config(config: dict, where: str, **overrides) -> ChatGLMConfig:
         raise ConfigError(f"config: {unknown[0]!r} is no field of ChatGLMConfig.{did_you_mean(unknown[0], known)}")
     renamed = {names.get(key, key): value for key, value in overrides.items()}
     replaced = {key for key in names if names[key] in renamed}  # the second name of a field that is replaced
-    skipped = {"auto_map", "model_type", "vision_config", *replaced}
+    # _name_or_path: the release's is its hub name, where peft would look for it.
+    skipped = {"auto_map", "model_type", "_name_or_path", "vision_config", *replaced}
     fields = {key: value for key, value in config.items() if key not in skipped}
     if "vision_config" in renamed:
         _check_form(renamed, "what was given")
