@@ -20,6 +20,7 @@ from lavish.checkpoints.loading import load_into, stored_info
 from lavish.checkpoints.rules import Drop, Optional, Rule, plan
 from lavish.checkpoints.tensor_map import TensorInfo, TensorMap
 from lavish.common.errors import ConfigError, MissingDependency, did_you_mean
+from lavish.models import family_of
 from lavish.nn.int8 import Int8Linear, quantize_weight
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
 def quantized_layers(network: nn.Module, *, quantize_vision: bool = False) -> list[str]:
     """Name the linear layers to quantise: those of the decoder's layers, and with `quantize_vision` those of tower and
     projector."""
-    prefixes = ("model.layers.", "model.vision.") if quantize_vision else ("model.layers.",)
+    family = family_of(network)
+    prefixes = (family.decoder_layers, *family.towers) if quantize_vision else (family.decoder_layers,)
     return [
         name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name.startswith(prefixes)
     ]

@@ -52,6 +52,10 @@ class Family:
     path, config and tokenizer; it gives a registered model. See `inference/sample_model.py`."""
     tokenizer: str | None = None
     """"module:Class" for `AutoTokenizer`, where the release names a class of its own."""
+    decoder_layers: str = "language_model.layers."
+    """Beginning of the names of the decoder's layers: what quantisation takes."""
+    towers: tuple[str, ...] = ("vision_tower.", "qformer.", "projector.")
+    """Beginnings of the names of what sees: what `quantize_vision` takes too."""
     renames_adapters: bool = False
     """True if our modules have other names than the release's, so that its adapters need `weights.native_adapter`:
     (fields of adapter_config.json, tensors) -> both as they fit our modules."""
@@ -170,12 +174,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="cogvlm",
         model_type="cogvlm",
-        architectures=("CogVLMForCausalLM",),
+        architectures=("CogVLMForCausalLM", "CogVLMVideoForCausalLM"),
         package="lavish.models.cogvlm",
         config="CogVLMConfig",
         model="CogVLMForCausalLM",
         processor="CogVLMProcessor",
         has_manifest=True,
+        decoder_layers="model.layers.",
+        towers=("model.vision.",),
         tokenizer="lavish.processors.tokenizers:SentencePieceTokenizer",
     ),
     Family(
@@ -204,6 +210,8 @@ FAMILIES: tuple[Family, ...] = (
         model="Glm4v9bForCausalLM",
         processor="Glm4v9bProcessor",
         needs=("vision_config",),
+        decoder_layers="transformer.encoder.layers.",
+        towers=("transformer.vision.",),
         tokenizer="lavish.models.glm4v_9b.tokenizer:ChatGLM4Tokenizer",
     ),
     Family(
@@ -382,6 +390,18 @@ def family(name: str) -> Family:
             return row
     known = [row.name for row in FAMILIES]
     raise ConfigError(f"No model family {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+
+
+def family_of(network: Any) -> Family:
+    """Give the family of a network.
+
+    Raises:
+        ConfigError: it is of no family.
+    """
+    for row in FAMILIES:
+        if type(network).__name__ == row.model:
+            return row
+    raise ConfigError(f"{type(network).__name__} is a network of no family of lavish.")
 
 
 def detect_family(config: Mapping[str, Any], where: str) -> Family:
