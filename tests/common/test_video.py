@@ -6,26 +6,12 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from video_clip import clip
 
 from lavish.common.errors import ConfigError, MediaError, MissingDependency
 from lavish.common.video import VideoLimits, read_frames, sample_frames, spread
 
 av = pytest.importorskip("av")
-
-
-def clip(num_frames: int, *, size: int = 64, rate: int = 10) -> bytes:
-    """A clip that goes from black to white: a frame's level says where it is."""
-    content = io.BytesIO()
-    with av.open(content, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for index in range(num_frames):
-            level = index * 255 // max(num_frames - 1, 1)
-            picture = np.full((size, size, 3), level, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return content.getvalue()
 
 
 def levels(frames: list[Image.Image]) -> list[float]:

@@ -29,12 +29,24 @@ from lavish.common.video import read_frames
 from lavish.models.minigpt4_qwen.config import MiniGPT4QwenConfig, read_config
 from lavish.processors.pixels import CLIP_MEAN, CLIP_STD, resize_two_pass, to_rgb
 from lavish.processors.pixels import normalize as normalize_pixels
-from lavish.processors.qwen_tokenizer import IM_END, IM_START, IMAGE, ChatML, Content, Slots, load_qwen_tokenizer
+from lavish.processors.qwen_tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    IMAGE,
+    SPECIAL_TOKENS,
+    ChatML,
+    Content,
+    Slots,
+    load_qwen_tokenizer,
+)
 from lavish.processors.tokenizers import encode_plain
 
 IGNORE_INDEX = -100
 PLACE = "<ImageHere>"
 """Where a picture stands in a text, as the release's datasets and demos write it."""
+MARKERS = (END_OF_TEXT, IM_START, IM_END)
+"""The special tokens that a rendered prompt may hold; a slot comes from `<ImageHere>` alone."""
 MAX_FRAMES = 32
 """Frames of a video, as the release trains (1024 slots)."""
 
@@ -206,7 +218,7 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
                 if not tokenize:
                     texts.append(self._text(spoken, add_generation_prompt))
                 elif return_labels:
-                    rows.append(self._training_row(spoken, is_live=compat is not None))
+                    rows.append(self._training_row(spoken, _live(compat)))
                 else:
                     rows.append(self._prompt_row(spoken))
             except (PromptError, MediaError) as error:
@@ -242,7 +254,7 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text or ())
         if not texts or not all(isinstance(one, str) for one in texts):
             raise PromptError(f"text must be a string or a list of strings, not {shown(text)}.")
-        rows = [self._row(_split_places(one), is_live=True) for one in texts]
+        rows = [self._row(_split_places(one), MARKERS) for one in texts]
         pictures: list[Any] = []
         if images is not None:
             given = list(images) if isinstance(images, list | tuple) else [images]
@@ -273,7 +285,7 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
         _check_compat(compat)
         rows = []
         for index, turns_of_one in enumerate(conversations):
-            row = self._training_row(_from_release(turns_of_one, system_message, index), is_live=compat is not None)
+            row = self._training_row(_from_release(turns_of_one, system_message, index), _live(compat))
             rows.append(self._cut(row, max_length, index, cut_images, is_checked=compat is None))
         batch = self._collate(rows, [], "right", True, "pt", is_single=False, width=max_length)
         batch["num_images"] = torch.tensor([len(row.images) for row in rows])
@@ -328,13 +340,13 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
     def _content(self, pieces: Sequence[Piece]) -> Content:
         return [Slots(self.num_image_tokens) if isinstance(piece, Slot) else piece for piece in pieces]
 
-    def _training_row(self, spoken: Spoken, *, is_live: bool) -> Row:
+    def _training_row(self, spoken: Spoken, live: Sequence[str]) -> Row:
         """Encode for training: each piece on its own, and a newline after every turn."""
         newline = self._chatml.newline
         row = Row()
 
         def add(role: str, content: Sequence[Piece], is_answer: bool) -> None:
-            inner = self._row(content, is_live=is_live)
+            inner = self._row(content, live)
             if is_answer:
                 inner.labels = list(inner.input_ids)
             row.add([self._ids.im_start], is_learnt=True)
@@ -349,26 +361,22 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
                 add("assistant", [spoken.answers[index]], True)
         return row
 
-    def _row(self, content: Sequence[Piece], *, is_live: bool) -> Row:
-        """Encode texts and slots. `is_live` reads special tokens in the texts; else no string becomes one."""
+    def _row(self, content: Sequence[Piece], live: Sequence[str] = ()) -> Row:
+        """Encode texts and slots. Special tokens of a text are read where they are `live`; else no string is one."""
         row = Row()
+        special = {token: token_id for token, token_id in self.tokenizer.get_added_vocab().items() if token in live}
+        border = f"({'|'.join(map(re.escape, special))})" if special else "(?!)"  # (?!) is nowhere
         for piece in _joined(content):
             if isinstance(piece, Slot):
                 row.add([self._ids.image] * self.num_image_tokens, kind=1)
                 row.images.append(piece.source)
-            elif is_live:
-                self._add_live(row, piece)
-            else:
-                row.add(encode_plain(self.tokenizer, piece))
+                continue
+            for part in re.split(border, piece):
+                if part in special:
+                    row.add([special[part]], kind=int(part == IMAGE))
+                elif part:
+                    row.add(encode_plain(self.tokenizer, part))
         return row
-
-    def _add_live(self, row: Row, text: str) -> None:
-        special = self.tokenizer.get_added_vocab()
-        for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
-            if part in special:
-                row.add([special[part]], kind=int(special[part] == self._ids.image))
-            elif part:
-                row.add(encode_plain(self.tokenizer, part))
 
     def _cut(self, row: Row, max_length: int, index: int, cut_images: bool, *, is_checked: bool) -> Row:
         length = len(row.input_ids)
@@ -384,12 +392,11 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
                     f"behind that, and {left} of {num_images} images would stay whole. Give a larger max_length, a "
                     "shorter text, or cut_images=True."
                 )
-            num_images, end = left, max_length
+            num_images = left
             if torn:  # the slots of this picture begin before the cut: they end the row
                 starts = [i for i, kind in enumerate(row.token_type_ids) if kind == 1]
                 end = starts[left * self.num_image_tokens]
-        cut = Row(row.input_ids[:end], row.token_type_ids[:end], row.labels[:end], row.images[:num_images])
-        return cut
+        return Row(row.input_ids[:end], row.token_type_ids[:end], row.labels[:end], row.images[:num_images])
 
     def _collate(
         self,
@@ -564,6 +571,11 @@ def _check_count(places: int, given: int, what: str) -> None:
 def _check_compat(compat: str | None) -> None:
     if compat not in (None, "release", "mpp"):
         raise PromptError(f"compat={shown(compat)} is unknown; use None, or 'release' (also called 'mpp').")
+
+
+def _live(compat: str | None) -> Sequence[str]:
+    """Give the special tokens that the release reads in what a user typed: all; none by default."""
+    return () if compat is None else SPECIAL_TOKENS
 
 
 def _check_end(is_finished: bool, add_generation_prompt: bool, return_labels: bool) -> None:
