@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lavish.common.errors import ConfigError, PromptError
+from lavish.models.glm4v_9b import places
 from lavish.models.glm4v_9b.config import ChatGLMConfig, check_released
 from lavish.nn.eva2_clip import EVA2CLIPModel
 from lavish.nn.linear import Linear
@@ -366,16 +367,8 @@ class Glm4v9bForCausalLM(PreTrainedModel, GenerationMixin):
         return vision(pixel_values.to(device, vision.boi.dtype), self.config._attn_implementation or "sdpa")
 
     def image_slots(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Say which ids are slots of an image: from a boi to the eoi that stands `num_image_tokens` - 1 later.
-
-        A boi without its eoi there (one that the network generated) is a token like any other.
-        Shapes: (batch, seq) -> (batch, seq), bool.
-        """
-        length = self.config.num_image_tokens
-        is_eoi = F.pad(input_ids[:, length - 1 :] == self.config.eoi_token_id, (0, min(length - 1, input_ids.shape[1])))
-        starts = ((input_ids == self.config.boi_token_id) & is_eoi).long()
-        ends = F.pad(starts, (length, 0))[:, : input_ids.shape[1]]
-        return (starts - ends).cumsum(dim=1) > 0
+        """Say which ids are slots of an image, boi and eoi included. (batch, seq) -> (batch, seq), bool."""
+        return places.image_slots(self.config, input_ids)
 
     def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
         """Embed the ids and lay the image features over the slots, row after row.
@@ -389,7 +382,7 @@ class Glm4v9bForCausalLM(PreTrainedModel, GenerationMixin):
         if image_features is None and input_ids.shape[1] < 3:
             return inputs_embeds  # a decoding step: too short for an image, and nothing waits for the device
         is_slot = self.image_slots(input_ids)
-        self._check_images(input_ids, is_slot, 0 if image_features is None else image_features.shape[0])
+        places.check_images(self.config, input_ids, is_slot, 0 if image_features is None else image_features.shape[0])
         if image_features is None:
             return inputs_embeds
         expected = (image_features.shape[0], self.config.num_image_tokens, inputs_embeds.shape[-1])
@@ -401,36 +394,9 @@ class Glm4v9bForCausalLM(PreTrainedModel, GenerationMixin):
         features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(is_slot[..., None], features)
 
-    def _check_images(self, input_ids: torch.Tensor, is_slot: torch.Tensor, num_images: int) -> None:
-        """Check that there are as many images as runs of slots, and no image that was not expanded."""
-        length, ids = self.config.num_image_tokens, input_ids
-        bare = (ids[:, :-2] == self.config.boi_token_id) & (ids[:, 2:] == self.config.eoi_token_id)
-        num_slots, num_bare = torch.stack((is_slot.sum(), bare.sum() * (length != 3))).tolist()
-        if num_bare:
-            raise PromptError(
-                f"input_ids hold {num_bare} image(s) as three ids (boi, one id, eoi), as the release's tokenizer "
-                f"writes them; here an image is expanded to {length}: boi, {length - 2} pad ids, eoi. Make the inputs "
-                "with the processor's apply_chat_template."
-            )
-        if num_slots != num_images * length:
-            raise PromptError(
-                f"{num_images} image(s) were given and input_ids have slots for {num_slots // length} ({length} ids "
-                "each, from boi to eoi). Make the inputs with the processor's apply_chat_template."
-            )
-
     def position_ids_from(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Give the rotary positions: boi p, all patches p + 1, eoi p + 2, the text after it p + 3.
-
-        Counted on the row without its padding; padding gets the position before it, or 0.
-        Trap: counting every slot (as vLLM does) moves the logits by 5.
-        Shapes: (batch, seq) -> (batch, seq), int64.
-        """
-        is_real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-        is_edge = (input_ids == self.config.boi_token_id) | (input_ids == self.config.eoi_token_id)
-        is_patch = self.image_slots(input_ids) & ~is_edge
-        follows_patch = F.pad(is_patch[:, :-1], (1, 0), value=False)
-        is_step = is_real & ~(is_patch & follows_patch)
-        return (is_step.long().cumsum(dim=1) - 1).clamp(min=0)
+        """Give the rotary positions; all patches of an image share one. (batch, seq) -> (batch, seq), int64."""
+        return places.position_ids_from(self.config, input_ids, attention_mask)
 
     def request_state(self, num_tokens) -> None:
         """Nothing of a request is fixed at its prefill in this family."""
@@ -513,7 +479,7 @@ class Glm4v9bForCausalLM(PreTrainedModel, GenerationMixin):
         return output if return_dict is None or return_dict else output.to_tuple()
 
     def _positions(self, input_ids, tokens, position_ids, attention_mask, past_key_values, rope_deltas):
-        """Say where these tokens stand; one token after a cache is placed without looking at ids or mask."""
+        """Say where these tokens stand: counted from the start, or from where the cache ends."""
         rows, seq = tokens.shape[:2]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if seq > 1:
@@ -527,35 +493,18 @@ class Glm4v9bForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if input_ids is None and position_ids is not None:
             positions = position_ids.expand(rows, seq)
-        elif is_first and input_ids is not None:
-            positions = self.position_ids_from(input_ids, mask)
-        elif is_first:  # embeddings say nothing of images: each is a token
-            real = torch.ones(rows, seq, dtype=torch.long, device=tokens.device) if mask is None else mask
-            positions = ((real != 0).long().cumsum(dim=1) - 1).clamp(min=0)
         else:
-            if rope_deltas is None:
-                rope_deltas = getattr(past_key_values, "rope_deltas", None)  # a cache that we did not fill has none
-            rope_deltas = _checked_deltas(rope_deltas, rows, tokens.device)
-            start = past - rope_deltas
-            positions = start if seq == 1 else self._continued(input_ids, tokens) + start
-        self._check_length(positions, past)
+            whole_mask = mask if is_first else None
+            if input_ids is None:
+                positions = places.text_positions(tokens, whole_mask)
+            else:
+                positions = self.position_ids_from(input_ids, whole_mask)
+            if not is_first:
+                if rope_deltas is None:
+                    rope_deltas = getattr(past_key_values, "rope_deltas", None)  # a cache that we did not fill has none
+                positions = positions + past - _checked_deltas(rope_deltas, rows, tokens.device)
+        places.check_length(self.config, positions, past)
         return positions
-
-    def _continued(self, input_ids, tokens):
-        if input_ids is None:
-            return torch.arange(tokens.shape[1], device=tokens.device)
-        return self.position_ids_from(input_ids)
-
-    def _check_length(self, positions: torch.Tensor, past) -> None:
-        """Check that the positions stay within `seq_length`; they are looked at only where there are more slots."""
-        if isinstance(past, torch.Tensor) or past + positions.shape[1] <= self.config.max_position_embeddings:
-            return
-        last = int(positions.max())
-        if last >= self.config.max_position_embeddings:
-            raise PromptError(
-                f"The prompt reaches position {last} and this model has {self.config.max_position_embeddings} "
-                "(seq_length; an image takes three). Shorten the conversation."
-            )
 
     def _embed_new(self, input_ids, pixel_values, image_features, past_key_values):
         """Embed new tokens; pictures that come again with a later step are in the cache already."""
@@ -563,7 +512,8 @@ class Glm4v9bForCausalLM(PreTrainedModel, GenerationMixin):
         if input_ids.shape[1] == 1 and not (isinstance(past, int) and past == 0):
             return self.transformer.embedding.word_embeddings(input_ids)
         if image_features is None and pixel_values is not None:
-            self._check_images(input_ids, self.image_slots(input_ids), len(pixel_values))  # before the tower runs
+            # Before the tower runs.
+            places.check_images(self.config, input_ids, self.image_slots(input_ids), len(pixel_values))
             image_features = self.get_image_features(pixel_values)
         return self.embed(input_ids, image_features)
 
