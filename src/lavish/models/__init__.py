@@ -236,7 +236,7 @@ FAMILIES: tuple[Family, ...] = (
         model="BlipForConditionalGeneration",
         processor="BlipProcessor",
         key_marks=("text_decoder.bert.", "text_encoder.encoder."),
-        opener="whole:open_model",
+        opener="samples:open_model",
         capabilities=("caption", "answer", "embed"),
     ),
     Family(

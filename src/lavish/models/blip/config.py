@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
-from lavish.common.errors import ConfigError, did_you_mean, shown
+from lavish.common.errors import ConfigError, UnknownLayout, did_you_mean, shown
 
 ARCHITECTURES = {
     "blip_caption": "BlipForConditionalGeneration",
@@ -122,11 +122,12 @@ def read_config(config: Mapping[str, Any], where: str, **overrides: Any) -> Blip
     The folder's values stand, also where LAVIS has others: transformers computes with them. `overrides` may be nested.
 
     Raises:
-        ConfigError: no BLIP config, an override that is no field, or sizes that contradict each other.
+        UnknownLayout: a config of another model.
+        ConfigError: an override that is no field, or sizes that contradict each other.
     """
     architecture = (config.get("architectures") or ["?"])[0]
     if config.get("model_type") != "blip" or architecture not in ARCHITECTURES.values():
-        raise ConfigError(
+        raise UnknownLayout(
             f"{where}: names model_type {config.get('model_type')!r} and architecture {architecture!r}; lavish loads "
             f"BLIP as {', '.join(ARCHITECTURES.values())}."
         )
