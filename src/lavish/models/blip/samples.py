@@ -557,25 +557,27 @@ MODELS = {ARCHITECTURES[cls.arch]: cls for cls in (BlipCaption, BlipVQA, BlipFea
 
 
 def open_model(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    checkpoint: str | Path,
+    *,
     config: Any = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> BlipBase:
     """Load whichever of the three models a LAVIS file or transformers folder is, ready to be asked.
 
     Args:
-        path: a `.pth` file, a folder that holds one, a URL, or a transformers folder of BLIP.
+        checkpoint: a `.pth` file, a folder that holds one, a URL, or a transformers folder of BLIP.
+        config: as `BlipBase.from_pretrained`, and so are the others.
+        tokenizer: folder or hub id of bert-base-uncased, or a tokenizer.
+        dtype: of the weights.
         device: of the weights.
-        dtype: of the weights; None is float32.
-        config: as `BlipBase.from_pretrained`.
-        tokenizer: as `BlipBase.from_pretrained`.
 
     Raises:
+        UnknownLayout: a transformers folder of another model.
         CheckpointError, ConfigError: as `BlipBase.from_pretrained`; or the file is of no BLIP.
     """
-    path = local_file(path)
+    path = local_file(checkpoint)
     architecture, width = tell(path)
     cls = MODELS[architecture]
     is_large = width == LARGE_WIDTH and "large_coco" in cls.PRETRAINED_MODEL_CONFIG_DICT
@@ -584,7 +586,7 @@ def open_model(
         checkpoint=path,
         config=config,
         tokenizer=tokenizer,
-        dtype=dtype or torch.float32,
+        dtype=dtype,
         device=device,
     )
     return model.eval()
