@@ -277,6 +277,8 @@ def test_odd_sizes_load_too() -> None:
         ({"intermediate_size": 191}, "must be even"),
         ({"seq_length": None}, "seq_length is None and must be a whole number"),
         ({"hidden_size": True}, "hidden_size is True"),
+        ({"use_dynamic_ntk": "yes"}, "use_dynamic_ntk is 'yes' and must be true or false"),
+        ({"rotary_emb_base": "many"}, r"config\.json: .*many"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'; a Qwen of the first generation says 'qwen'"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import Cache, DynamicCache, Qwen2Config
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -83,6 +84,9 @@ def read_qwen_config(fields: Mapping[str, Any], where: str) -> QwenConfig:
     for name, (expected, why) in FIXED.items():
         if fields.get(name, expected) != expected:
             raise ConfigError(f"{where}: {name} is {shown(fields[name])} and must be {expected!r} ({why}).")
+    for name in ("use_dynamic_ntk", "use_logn_attn"):
+        if not isinstance(fields.get(name, True), bool):
+            raise ConfigError(f"{where}: {name} is {shown(fields[name])} and must be true or false.")
     hidden_size, heads = fields["hidden_size"], fields["num_attention_heads"]
     kv_channels = fields.get("kv_channels", 128)
     if kv_channels * heads != hidden_size:
@@ -95,9 +99,17 @@ def read_qwen_config(fields: Mapping[str, Any], where: str) -> QwenConfig:
             f"{where}: kv_channels {kv_channels} and intermediate_size {fields['intermediate_size']} must be even: the "
             "rotation pairs the halves of a head, and the size counts w1 and w2 together."
         )
+    try:
+        return _config(fields)
+    except (StrictDataclassError, TypeError, ValueError) as error:  # a field of another type
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _config(fields: Mapping[str, Any]) -> QwenConfig:
+    heads = fields["num_attention_heads"]
     return QwenConfig(
         vocab_size=fields["vocab_size"],
-        hidden_size=hidden_size,
+        hidden_size=fields["hidden_size"],
         intermediate_size=fields["intermediate_size"] // 2,
         num_hidden_layers=fields["num_hidden_layers"],
         num_attention_heads=heads,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -71,9 +72,6 @@ class ClipQwenConfig(PreTrainedConfig):
         for name in ("image_token_id", "max_window_tokens"):
             _check_whole(name, getattr(self, name))
         super().__post_init__(**kwargs)
-        for part, names in SIZES.items():
-            for name in names:
-                _check_whole(f"{part}.{name}", getattr(getattr(self, part), name))
         self.shortest_edge = self.tower.image_size if self.shortest_edge is None else self.shortest_edge
         self.image_mean = list(CLIP_MEAN) if self.image_mean is None else self.image_mean
         self.image_std = list(CLIP_STD) if self.image_std is None else self.image_std
@@ -81,12 +79,16 @@ class ClipQwenConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         tower, text = self.tower, self.text
+        for part, config in (("vision_config", tower), ("text_config", text)):
+            _check_part(part, config.to_dict())
         _check_whole("shortest_edge", self.shortest_edge)
         if cast(int, self.shortest_edge) < cast(int, tower.image_size):
             raise ConfigError(
                 f"config: shortest_edge is {self.shortest_edge} and the tower takes {tower.image_size} pixels: the "
                 "crop would be larger than the picture."
             )
+        if not isinstance(self.system_prompt, str):
+            raise ConfigError(f"config: system_prompt is {shown(self.system_prompt)} and must be a text.")
         penalty = self.repetition_penalty
         if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < 100:
             raise ConfigError(f"config: repetition_penalty is {shown(penalty)} and must be a number above 0.")
@@ -94,14 +96,6 @@ class ClipQwenConfig(PreTrainedConfig):
             raise ConfigError(f"config: pixel_rule is {shown(self.pixel_rule)}; it is 'training' or 'webui'.")
         if self.tie_word_embeddings:
             raise ConfigError("config: tie_word_embeddings is True; the family has a head of its own.")
-        for name, part in (("vision_config", tower), ("text_config", text)):
-            if part.hidden_size % part.num_attention_heads:
-                raise ConfigError(
-                    f"config: {name}.hidden_size {part.hidden_size} does not divide into {part.num_attention_heads} "
-                    "heads."
-                )
-            if part.num_hidden_layers > MAX_LAYERS:
-                raise ConfigError(f"config: {name}.num_hidden_layers is {part.num_hidden_layers}, over {MAX_LAYERS}.")
         for name in ("image_token_id", "num_token_ids"):
             value = getattr(self, name)
             if value is not None and value > text.vocab_size:
@@ -187,7 +181,23 @@ def read_config(config: dict[str, Any], where: str, **overrides: Any) -> ClipQwe
         fields[part] = {**stored, **given}
         if absent := [name for name in SIZES[part] if name not in fields[part]]:
             raise ConfigError(f"{where}: lacks {part}.{absent[0]}. Fetch the file again, or give it with config=...")
-    return ClipQwenConfig(**{**fields, **overrides})
+        for name in SIZES[part]:
+            _check_whole(f"{part}.{name}", fields[part][name])
+        _check_part(part, fields[part])
+    try:
+        return ClipQwenConfig(**{**fields, **overrides})
+    except StrictDataclassError as error:  # transformers' own check of a field's type
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _check_part(part: str, sizes: Mapping[str, Any]) -> None:
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise ConfigError(
+            f"config: {part}.hidden_size {sizes['hidden_size']} does not divide into {sizes['num_attention_heads']} "
+            "heads."
+        )
+    if sizes["num_hidden_layers"] > MAX_LAYERS:
+        raise ConfigError(f"config: {part}.num_hidden_layers is {sizes['num_hidden_layers']}, over {MAX_LAYERS}.")
 
 
 def _check_whole(name: str, value: object) -> None:
