@@ -38,6 +38,10 @@ def command(
     device: options.Device = "auto",
     quantization: options.Quantization = None,
     tokenizer: options.Tokenizer = None,
+    adapter: options.Adapter = None,
+    base: options.Base = None,
+    piece: options.Pieces = None,
+    config: options.Config = None,
     from_pretrained: Annotated[
         str | None,
         typer.Option("--from-pretrained", metavar="MODEL", rich_help_panel=RELEASED, help="The same as MODEL."),
@@ -93,8 +97,17 @@ def command(
         device=device,
         quantization=quantization,
         tokenizer=tokenizer,
+        adapter=adapter,
+        base=base,
+        pieces=piece,
+        config=config,
         words=(words.loading, words.loaded),
     )
+    if "chat" not in vlm.capabilities:
+        raise ConfigError(
+            f"{name} holds no conversation: it can {' and '.join(vlm.capabilities)}. Ask it with lavish predict "
+            f"{name} --image FILE --question TEXT; without a question it captions."
+        )
     is_terminal = sys.stdin.isatty()
     screen = Terminal(COMMANDS) if is_terminal else Pipes()
     if is_terminal:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from lavish.inference.vlm import VLM, Reply
 
+ONLY_TEMPLATE = "chat"
+"""The prompt format of the families that have one."""
 COMMANDS = ("/image", "/clear", "/save", "/template", "/help", "/quit")
 PLAIN_COMMANDS = {"clear": "/clear", "stop": "/quit", "/exit": "/quit", "/stop": "/quit"}
 """Other spellings; `clear` and `stop` are the released demo's."""
@@ -197,10 +199,12 @@ class Dialogue:
 
     def _command_template(self, argument: str) -> None:
         if not argument:
-            self.screen.note(self.words.template_is.format(name=self.template_name, known=", ".join(templates())))
+            self.screen.note(
+                self.words.template_is.format(name=self.template_name, known=", ".join(templates(self.vlm.processor)))
+            )
             return
         try:
-            check_template(argument)
+            check_template(argument, self.vlm.processor)
         except PromptError as error:
             self.screen.error(str(error))
             return
@@ -210,7 +214,7 @@ class Dialogue:
             self.screen.note(self.words.no_history.format(name=argument))
 
     def _command_help(self, argument: str) -> None:
-        self.screen.note(self.words.help.format(templates=", ".join(templates())))
+        self.screen.note(self.words.help.format(templates=", ".join(templates(self.vlm.processor))))
 
     def _command_quit(self, argument: str) -> None:
         raise Leave
@@ -218,7 +222,8 @@ class Dialogue:
     @property
     def template_name(self) -> str:
         """The prompt format in use."""
-        return self.template or self.vlm.processor.template_version
+        # Only a family with several templates has a field for the one of the checkpoint.
+        return self.template or getattr(self.vlm.processor, "template_version", ONLY_TEMPLATE)
 
     # --- image ------------------------------------------------------------------------------------------------------
 
@@ -334,20 +339,20 @@ class Dialogue:
         return "\n".join(lines)
 
 
-def templates() -> list[str]:
-    """Name the prompt formats."""
-    from lavish.models.cogvlm.processor import TEMPLATES
+def templates(processor: Any = None) -> list[str]:
+    """Name the prompt formats of a loaded model's family; without one those of all families, which are CogVLM's."""
+    from lavish.models.cogvlm.processor import TEMPLATES, CogVLMProcessor
 
-    return list(TEMPLATES)
+    return list(TEMPLATES) if processor is None or isinstance(processor, CogVLMProcessor) else [ONLY_TEMPLATE]
 
 
-def check_template(name: str) -> str:
+def check_template(name: str, processor: Any = None) -> str:
     """Give the name of a prompt format back.
 
     Raises:
         PromptError: there is none of this name.
     """
-    known = templates()
+    known = templates(processor)
     if name not in known:
         raise PromptError(f"No template {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
     return name

@@ -6,6 +6,7 @@ torch is imported by `load_model` and not before.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lavish.checkpoints import hub
@@ -80,6 +81,23 @@ def choose_quantization(quantization: str | None, bits: int | None) -> str | Non
     return QUANTIZATION_OF_BITS[bits]
 
 
+def read_pieces(pieces: Sequence[str] | None) -> dict[str, str]:
+    """Read `--piece NAME=PATH`.
+
+    Raises:
+        ConfigError: no such form, or a piece that is given twice.
+    """
+    found: dict[str, str] = {}
+    for piece in pieces or ():
+        name, equals, path = piece.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"--piece {shown(piece)}: write NAME=PATH, such as --piece llm=Qwen-7B-Chat.")
+        if name in found:
+            raise ConfigError(f"--piece {name}= was given twice: {found[name]} and {path}. Give it once.")
+        found[name] = path
+    return found
+
+
 def load_model(
     model: str | None,
     *,
@@ -87,6 +105,10 @@ def load_model(
     device: str = "auto",
     quantization: str | None = None,
     tokenizer: str | None = None,
+    adapter: str | None = None,
+    base: str | None = None,
+    pieces: Sequence[str] | None = None,
+    config: str | None = None,
     words: tuple[str, str] = ("Loading {name}", "{name} loaded in {time}"),
 ) -> VLM:
     """Load a model by path, hub id, zoo name, or the bundled one, and say so on stderr.
@@ -102,6 +124,11 @@ def load_model(
         tokenizer = entry.tokenizer
     elif tokenizer is not None:
         tokenizer = os.path.expanduser(tokenizer)
+    given = read_pieces(pieces)
+    others = {
+        name: value if value is None else os.path.expanduser(value)
+        for name, value in {"adapter": adapter, "base": base, "config": config, **given}.items()
+    }
     for wanted in (path, tokenizer):
         if wanted is not None and not os.path.exists(wanted):
             hub.resolve(wanted)  # downloads with bars of its own, which a spinner would tear
@@ -110,7 +137,15 @@ def load_model(
     with working(words[0].format(name=name)):
         from lavish.inference.load import load
 
-        vlm = load(path, dtype=dtype, device=device, quantization=quantization, tokenizer=tokenizer, pack="auto")
+        vlm = load(
+            path,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            tokenizer=tokenizer,
+            pack="auto",
+            **others,  # pyright: ignore[reportArgumentType]
+        )
     say(words[1].format(name=name, time=human_seconds(time.monotonic() - started_s)), style="dim")
     return vlm
 

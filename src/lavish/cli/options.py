@@ -22,7 +22,7 @@ Template = Annotated[
         "--version",
         metavar="NAME",
         rich_help_panel=ANSWER,
-        help="Prompt format: chat, vqa or base; default: the model's.",
+        help="Prompt format, of CogVLM: chat, vqa or base; default: the model's.",
     ),
 ]
 Grounding = Annotated[
@@ -81,6 +81,31 @@ Tokenizer = Annotated[
         metavar="PATH",
         rich_help_panel=LOADING,
         help="Folder or hub id, where the model's folder has none (CogVLM v1: a Vicuna-7B).",
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="PATH", rich_help_panel=LOADING, help="Folder of a LoRA to put on the model."),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base", metavar="PATH", rich_help_panel=LOADING, help="The base, where MODEL is itself a LoRA's folder."
+    ),
+]
+Pieces = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--piece",
+        metavar="NAME=PATH",
+        rich_help_panel=LOADING,
+        help="A part of the release that is elsewhere: llm=, vision_tower=, eva=, blip2=, qformer=; may be repeated.",
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config", metavar="FILE", rich_help_panel=LOADING, help="JSON or YAML with fields that the files do not say."
     ),
 ]
 

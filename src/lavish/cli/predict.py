@@ -67,6 +67,10 @@ def command(
     device: options.Device = "auto",
     quantization: options.Quantization = None,
     tokenizer: options.Tokenizer = None,
+    adapter: options.Adapter = None,
+    base: options.Base = None,
+    piece: options.Pieces = None,
+    config: options.Config = None,
 ) -> int:
     """Ask one question about one image, or one about each of many.
 
@@ -112,7 +116,9 @@ def command(
         from lavish.cli.dialogue import check_template
 
         check_template(template)
-    loading = {"dtype": dtype, "quantization": quantization, "tokenizer": tokenizer}
+    loading: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "tokenizer": tokenizer}
+    more = {"adapter": adapter, "base": base, "pieces": piece, "config": config}
+    loading |= {name: value for name, value in more.items() if value is not None}
     if questions is None:
         _ask_one(model, image, question or "", generation, {**loading, "device": device})
         return 0
@@ -178,8 +184,23 @@ def _ask_one(
     # Before the model: a wrong path is found at once. The user typed it, so it may be a URL.
     picture = None if image is None else open_image(plain_path(image), allow_urls=True)
     vlm = load_model(model, **loading)
-    text = vlm.chat(_messages(picture, question), **generation).text
+    text = ask_alone(vlm, picture, question, generation)
     print(CONTROL.sub("", text) if sys.stdout.isatty() else text)
+
+
+def ask_alone(vlm: VLM, image: Any, question: str, generation: dict[str, Any]) -> str:
+    """Ask one question; a model that holds no conversation answers it, or captions where there is no question.
+
+    Raises:
+        ConfigError: a model that does neither, or an option of conversations for one that holds none.
+    """
+    if "chat" in vlm.capabilities:
+        return vlm.chat(_messages(image, question), **generation).text
+    if given := [name for name, value in generation.items() if value is not None]:
+        raise ConfigError(f"{vlm.name} holds no conversation and takes no {given[0]}.")
+    if image is None:
+        raise ConfigError(f"{vlm.name} answers about pictures; give --image.")
+    return vlm.answer(image, question) if question else vlm.caption(image)
 
 
 def _messages(image: Any, question: str) -> list[dict[str, Any]]:
@@ -274,6 +295,8 @@ class Run:
     def _try(self, conversations: list[Any]) -> list[Reply] | Exception:
         import torch
 
+        if conversations and "chat" not in self.vlm.capabilities:
+            return ConfigError(f"{self.model} holds no conversation; ask it about one image at a time, with --image.")
         try:
             return self.vlm.batch(conversations, batch_size=self.batch_size, **self.generation) if conversations else []
         except (LavishError, torch.OutOfMemoryError) as error:

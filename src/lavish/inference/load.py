@@ -150,9 +150,17 @@ def _check_names(path: Any, adapter: Any, base: Any, tokenizer: Any, revision: A
 
 
 def _check_piece(name: str, value: Any) -> None:
-    if name not in known_pieces():
-        _check_pieces([name], table.FAMILIES[0])
+    if name not in (known := known_pieces()):
+        options = _options()
+        raise ConfigError(
+            f"lavish.load got {name!r}: no option, and no piece of a release.{did_you_mean(name, [*known, *options])} "
+            f"Options: {', '.join(options)}. Pieces: {', '.join(known)}."
+        )
     check_path(value, name)
+
+
+def _options() -> list[str]:
+    return [name for name, value in signature(load).parameters.items() if value.kind is value.KEYWORD_ONLY]
 
 
 def known_pieces() -> tuple[str, ...]:
@@ -311,7 +319,7 @@ def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Iterable[str])
 
 def _check_pieces(pieces: Iterable[str], family: table.Family, *, is_whole: bool = False) -> None:
     """Refuse a keyword that is no piece of the family, and every piece of a release that `is_whole`."""
-    options = [name for name, value in signature(load).parameters.items() if value.kind is value.KEYWORD_ONLY]
+    options = _options()
     known = () if is_whole else family.pieces
     for name in pieces:
         if name in known:
