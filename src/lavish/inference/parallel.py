@@ -248,7 +248,8 @@ def _check_sizes(network: nn.Module, layers: Mapping[str, str], size: int) -> No
     problem = _problem(network, layers, size)
     if problem is None:
         return
-    most = max(_heads(network.get_submodule(name.rpartition(".")[0]))[0] for name in _fused(layers))
+    owners = [network.get_submodule(name.rpartition(".")[0]) for name in layers]
+    most = max((_heads(owner)[0] for owner in owners if hasattr(owner, "num_heads")), default=1)
     possible = [str(number) for number in range(2, most + 1) if _problem(network, layers, number) is None]
     advice = f"Use {' or '.join(possible)} of them." if possible else "This network runs in one process only."
     raise ConfigError(f"parallel='tensor' with {size} processes: {problem}. {advice}")
@@ -265,6 +266,9 @@ def _problem(network: nn.Module, layers: Mapping[str, str], size: int) -> str | 
             if kv_heads % size and size % kv_heads:
                 return f"the {kv_heads} key/value heads of {name!r} neither divide nor can be repeated evenly"
             continue
+        num_heads = getattr(network.get_submodule(name.rpartition(".")[0]), "num_heads", size)  # an MLP has none
+        if style == "colwise" and num_heads % size:  # q, k and v apart: whole heads too
+            return f"the {num_heads} heads of {name!r} do not divide"
         features = layer.in_features if style == "rowwise" else layer.out_features
         if features % size and style != "colwise_gather_output":
             return f"the {features} features of {name!r} do not divide"
