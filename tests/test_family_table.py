@@ -1,0 +1,36 @@
+"""docs/families.md says what the code can do."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from lavish.models import CAPABILITIES, FAMILIES
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "write_family_table.py"
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("write_family_table", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_current(script) -> None:
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run scripts/write_family_table.py"
+
+
+def test_every_capability_is_a_method_and_said_of_some_family() -> None:
+    from lavish.inference.sample_model import SampleModel
+    from lavish.inference.vlm import VLM
+
+    for name in CAPABILITIES:
+        assert callable(getattr(VLM, name))
+        assert callable(getattr(SampleModel, name))
+        assert any(name in row.capabilities for row in FAMILIES)
+    assert all(set(row.capabilities) <= set(CAPABILITIES) for row in FAMILIES)
