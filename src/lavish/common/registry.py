@@ -22,6 +22,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "blip_vqa": "lavish.models.blip.samples:BlipVQA",
         "cogvlm": "lavish.models.cogvlm.model:CogVLMForCausalLM",
         "gpt_dialogue": "lavish.models.gpt_dialogue.samples:GPTDialogue",
+        "minigpt4qwen": "lavish.models.minigpt4_qwen.samples:MiniGPT4Qwen",
     },
     "processor": {
         "base_instruction": "lavish.processors.blip_processors:BaseInstructionProcessor",

@@ -223,16 +223,3 @@ class MiniGPT4QwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
         """No mask is no padding. Trap: transformers reads one off the pad id, which a text may hold."""
         return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
-
-
-def check_llm_device_map(llm_device_map: str) -> None:
-    """Check the release's option for where the decoder goes.
-
-    Raises:
-        ConfigError: neither "cpu" (with the rest) nor "auto" (over the devices).
-    """
-    if llm_device_map not in ("cpu", "auto"):
-        raise ConfigError(
-            f"llm_device_map={llm_device_map!r} was asked; it is 'cpu' (the decoder stays with the rest) or 'auto' "
-            "(its layers are spread over the devices)."
-        )

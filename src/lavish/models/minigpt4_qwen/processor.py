@@ -262,6 +262,17 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
             pictures = [open_image(picture) for picture in given]
         return self._collate(rows, pictures, padding_side, False, return_tensors, is_single=isinstance(text, str))
 
+    def chat_inputs(
+        self, query: str, history: Sequence[tuple[str, str]] = (), system_message: str | None = None
+    ) -> tuple[BatchFeature, int]:
+        """Encode a question of the release's `chat`: `<ImageHere>` stands for each image, whose pixels the caller has.
+
+        Gives the inputs, and how many of the images, the newest ones, are left in the window.
+        """
+        questions = [_split_places(text) for text in (*(asked for asked, _ in history), query)]
+        row = self._prompt_row(Spoken(system_message, questions, [answer for _, answer in history]))
+        return self._collate([row], [], "left", False, "pt", is_single=True), len(row.images)
+
     def preprocess(
         self,
         conversations: Sequence[Sequence[Mapping[str, str]]],

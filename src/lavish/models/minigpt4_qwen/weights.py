@@ -119,14 +119,13 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
         CheckpointError: a piece is damaged or of another kind.
     """
     folder = path if path.is_dir() and not _is_run(path) else None
-    eva_file = find_piece("eva", path, pieces, _glob(folder, "eva*.pth"))
-    blip2_file = find_piece("blip2", path, pieces, _glob(folder, "blip2*.pth"))
-    llm = find_piece("llm", path, pieces, _configs(folder, "qwen"))
+    here = pieces_in(folder)
+    eva_file, blip2_file, llm = (find_piece(name, path, pieces, here[name]) for name in ("eva", "blip2", "llm"))
     trained_path = path if folder is None else _find_trained(folder, {eva_file, blip2_file})
     eva, blip2, trained = _eva(eva_file), lavis.read(blip2_file), read_trained(trained_path)
     tensors = merged(path, [("", eva), ("", _llm_weights(llm, trained)), ("", blip2), ("", trained)])
     vision = _vision_fields(tensors)
-    bert = _bert_config(path, pieces, folder, tensors)
+    bert = _bert_config(path, pieces, here["qformer"], tensors)
     text = read_qwen_config(read_object(llm / "config.json"), str(llm / "config.json")).to_dict()
     fields: dict[str, Any] = {
         "architectures": ["MiniGPT4QwenForConditionalGeneration"],
@@ -142,6 +141,16 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
     # Its eos is <|endoftext|>; the release stops at <|im_end|> and <|im_start|> whatever the file says.
     sampling = {name: value for name, value in answering.items() if name in ("temperature", "top_p", "top_k")}
     return Release(fields, tensors, llm, load_qwen_tokenizer, sampling)
+
+
+def pieces_in(folder: Path | None) -> dict[str, list[Path]]:
+    """Give where a folder may hold each piece: itself, or in a folder of the piece's own."""
+    return {
+        "eva": _glob(folder, "eva*.pth"),
+        "blip2": _glob(folder, "blip2*.pth"),
+        "qformer": _configs(folder, "bert"),
+        "llm": _configs(folder, "qwen"),
+    }
 
 
 def read_trained(path: Path) -> TensorMap:
@@ -301,9 +310,8 @@ def _vision_fields(tensors: TensorMap) -> dict[str, Any]:
     return fields
 
 
-def _bert_config(path: Path, pieces: Mapping[str, Path], folder: Path | None, tensors: TensorMap) -> dict[str, Any]:
+def _bert_config(path: Path, pieces: Mapping[str, Path], places: list[Path], tensors: TensorMap) -> dict[str, Any]:
     """Read BERT's config.json; without one, that of bert-base-uncased where the width is its own."""
-    places = _configs(folder, "bert")
     is_base = _shape(tensors, "query_tokens")[-1] == BERT_BASE["hidden_size"]
     if is_base and not places and "qformer" not in pieces:
         return BERT_BASE

@@ -1,0 +1,298 @@
+"""MiniGPT4-Qwen behind LAVIS's interface of samples: `minigpt4qwen`, with the calls of its release.
+
+Source: Coobiw/MPP-LLaVA, lavis/models/minigpt4qwen_models/minigpt4qwen.py. `chat`, `generate`, `encode_image` and
+`preprocess` take and give what they do there; special tokens that a user typed, windows, cuts and batches are ours (see
+processor.py). Chats with messages, streaming and a kept cache: `lavish.load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lavish.checkpoints import hf, hub
+from lavish.checkpoints.json_file import read_object, read_optional_object
+from lavish.checkpoints.loading import load_into, rearrange
+from lavish.common.errors import ConfigError, MissingDependency, PromptError, did_you_mean, shown
+from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
+from lavish.models.minigpt4_qwen.config import MiniGPT4QwenConfig, read_config
+from lavish.models.minigpt4_qwen.model import MiniGPT4QwenForConditionalGeneration
+from lavish.models.minigpt4_qwen.processor import PLACE, MiniGPT4QwenProcessor
+from lavish.models.minigpt4_qwen.weights import PIECES, RULES, complete, open_release, pieces_in, read_trained
+from lavish.processors.qwen_tokenizer import load_qwen_tokenizer
+
+MAX_NEW_TOKENS = 512
+"""Of an answer, as the release's command line has it."""
+FREEZES = ("freeze_vit", "freeze_qformer", "freeze_queries", "freeze_proj", "freeze_llm", "unfreeze_pos_embed")
+SECTION_KEYS = (
+    *("arch", "model_type", "finetuned", "load_finetuned", "load_pretrained", "max_txt_len", "llm_device_map"),
+    *PIECES,
+    *FREEZES,
+)
+"""What a `model` section may hold beside the fields of the config."""
+
+
+class MiniGPT4Qwen(BaseModel):
+    """Chats about images and videos; trained on the release's conversations."""
+
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        "qwen7b_chat": "configs/models/minigpt4qwen_qwen7b_chat.yaml",
+        "qwen14b_chat": "configs/models/minigpt4qwen_qwen14b_chat.yaml",
+    }
+
+    def __init__(
+        self, network: MiniGPT4QwenForConditionalGeneration, processor: MiniGPT4QwenProcessor, max_txt_len: int = 512
+    ) -> None:
+        super().__init__()
+        self.network, self.processor, self.max_txt_len = network, processor, max_txt_len
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> MiniGPT4Qwen:
+        """Make the model of a `model` section: `finetuned` is the piece that was trained, or a folder with all pieces.
+
+        Raises:
+            ConfigError: an unknown key, a wrong value or an absent piece.
+            CheckpointError: weights that cannot be fetched or do not fit.
+        """
+        return cls._open(read_fields(cfg), None, None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_type: str = "qwen7b_chat",
+        *,
+        checkpoint: str | Path | None = None,
+        config: Any = None,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> MiniGPT4Qwen:
+        """Load a release.
+
+        Args:
+            model_type: `"qwen7b_chat"` or `"qwen14b_chat"`.
+            checkpoint: the piece that was trained (`checkpoint_9.pth`, a run's folder), a folder with all pieces, or
+                one that lavish saved. It has no default: the release keeps it on GitHub.
+            config: fields to replace, as a dict or file.
+            tokenizer: folder of the tokenizer, or a tokenizer; None: the LLM's.
+            options: more keys of the `model` section: the pieces `eva`, `blip2`, `qformer`, `llm`, which the YAML takes
+                from LAVIS's bucket and the hub; `llm_device_map`; what is frozen.
+
+        Raises:
+            ConfigError: no such type, an unknown key, or an absent piece.
+            CheckpointError: weights that are absent, damaged, or do not fit.
+        """
+        section = model_section(cls.default_config_path(model_type), config, options)
+        return cls._open(section, checkpoint, tokenizer)
+
+    @classmethod
+    def _open(cls, section: Mapping[str, Any], checkpoint: str | Path | None, tokenizer: Any) -> MiniGPT4Qwen:
+        known = {*SECTION_KEYS, *MiniGPT4QwenConfig.__dataclass_fields__}
+        if unknown := [name for name in section if name not in known]:
+            raise ConfigError(f"model: {unknown[0]!r} is no key of this model.{did_you_mean(unknown[0], known)}")
+        trained = checkpoint if checkpoint is not None else section.get("finetuned")
+        if not trained:
+            raise ConfigError(
+                "The weights that were trained are on no hub: fetch ckpt.zip from the releases of Coobiw/MiniGPT4Qwen "
+                "on GitHub, and give it as checkpoint=... (or finetuned: of the config)."
+            )
+        check_llm_device_map(section.get("llm_device_map", "cpu"))
+        fields = {name: value for name, value in section.items() if name not in SECTION_KEYS}
+        network, processor = _load(local_file(trained), section, fields, tokenizer)
+        _freeze(network, section)
+        if section.get("llm_device_map") == "auto":
+            network = _spread(network)
+        return cls(network, processor, int(section.get("max_txt_len", 512)))
+
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        """The settings of this model's named processors."""
+        return {"image_size": self.processor.image_size}
+
+    def load_checkpoint(self, url_or_filename: str | Path) -> None:
+        """Replace what a trained piece holds; the rest stays.
+
+        Raises:
+            CheckpointError: absent, damaged, or a tensor that does not fit.
+        """
+        found = rearrange(read_trained(local_file(url_or_filename)), RULES)
+        missing, unexpected = self.network.load_state_dict(found, strict=False)
+        if unexpected or len(missing) == len(self.network.state_dict()):
+            raise ConfigError(f"{url_or_filename}: {shown(unexpected or 'no tensor')} does not fit this network.")
+
+    # -- samples -------------------------------------------------------------------------------------------------------
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Give the loss of a batch: `conversations` (lists of {"from", "value"}) and `image`, all their pictures.
+
+        Shapes: image (images, 3, S, S), in the order of the places `<ImageHere>`.
+        Raises:
+            PromptError: another number of images than of places, or a place beyond `max_txt_len`.
+        """
+        batch = self.processor.preprocess(samples["conversations"], self.max_txt_len)
+        inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask", "labels")}
+        images = samples.get("image")
+        _check_images(int(batch["num_images"].sum()), images)
+        return {
+            "loss": self.network(**inputs, pixel_values=images if images is not None and len(images) else None).loss
+        }
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """Give the embeddings of pictures. (images, 3, S, S) -> (images, num_query_tokens, hidden)."""
+        return self.network.get_image_features(image.to(self.device))
+
+    def preprocess(self, sources: Sequence[Any], max_len: int, **options: Any) -> dict[str, torch.Tensor]:
+        """Encode conversations for training; see `MiniGPT4QwenProcessor.preprocess`."""
+        batch = self.processor.preprocess(sources, max_len, **options)
+        return {name: batch[name] for name in ("input_ids", "labels", "attention_mask")}
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: Mapping[str, Any],
+        chat: bool = False,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[str] | torch.Tensor:
+        """Answer rendered prompts: `text` (one or a list, `<ImageHere>` for each picture) and `image`.
+
+        Trap: the release fails for two texts; here a batch is padded on the left and equals single runs.
+
+        Args:
+            samples: image (images, 3, S, S) over all texts in order, or None.
+            chat: give the new ids, (batch, new), instead of texts.
+            generation_config: a GenerationConfig or its fields; the answer ends at `<|im_end|>` and `<|im_start|>`
+                whatever it says.
+            options: fields of it by name.
+        """
+        inputs = self.processor(text=samples["text"])
+        places = int(inputs["token_type_ids"].sum()) // self.processor.num_image_tokens
+        tokens = self._answer(inputs, places, samples.get("image"), generation_config, options)
+        return tokens if chat else [self._text(row) for row in tokens.tolist()]
+
+    @torch.no_grad()
+    def chat(
+        self,
+        query: str,
+        history: list[tuple[str, str]] | None,
+        image_tensor: torch.Tensor | None,
+        system: str = "You are a helpful assistant.",
+        append_history: bool = True,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answer a question after a history of (question, answer), and give the answer and the history.
+
+        Trap: the release loses the last token of an answer that ends by its length; here it stays.
+
+        Args:
+            query: with `<ImageHere>` where pictures stand; `image_tensor` holds those of history and query in order.
+            append_history: put this turn at the end of `history`, in place.
+        """
+        history = [] if history is None else history
+        places = sum(text.count(PLACE) for text in (query, *(asked for asked, _ in history)))
+        _check_images(places, image_tensor)
+        inputs, kept = self.processor.chat_inputs(query, history, system)
+        images = None if image_tensor is None or kept == 0 else image_tensor[len(image_tensor) - kept :]
+        response = self._text(self._answer(inputs, kept, images, generation_config, options)[0].tolist())
+        if append_history:
+            history.append((query, response))
+        return response, history
+
+    def _answer(self, inputs: Any, places: int, images: Any, generation_config: Any, options: dict[str, Any]) -> Any:
+        _check_images(places, images)
+        if isinstance(generation_config, Mapping):
+            generation_config = GenerationConfig(**generation_config)
+        given = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False} if generation_config is None else {}
+        config = self.network.config
+        stop = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        tensors = {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        if images is not None and len(images):
+            tensors["pixel_values"] = images.to(self.device)
+        tokens = self.network.generate(**tensors, generation_config=generation_config, **{**given, **options, **stop})  # pyright: ignore[reportCallIssue]
+        return tokens[:, tensors["input_ids"].shape[1] :]
+
+    def _text(self, token_ids: list[int]) -> str:
+        eos = self.network.config.eos_token_id
+        stops = [index for index, token_id in enumerate(token_ids) if isinstance(eos, list) and token_id in eos]
+        return self.processor.decode(token_ids[: stops[0]] if stops else token_ids).strip()
+
+
+def check_llm_device_map(llm_device_map: object) -> None:
+    """Check the release's option for where the decoder goes.
+
+    Raises:
+        ConfigError: neither "cpu" (with the rest of the model) nor "auto" (over the visible devices).
+    """
+    if llm_device_map not in ("cpu", "auto"):
+        raise ConfigError(
+            f"llm_device_map={shown(llm_device_map)} was asked; it is 'cpu' (the decoder stays with the rest) or "
+            "'auto' (the layers are spread over the visible devices)."
+        )
+
+
+def _load(
+    path: Path, section: Mapping[str, Any], overrides: dict[str, Any], tokenizer: Any
+) -> tuple[MiniGPT4QwenForConditionalGeneration, MiniGPT4QwenProcessor]:
+    if path.is_dir() and read_optional_object(path / "config.json").get("model_type") == "minigpt4_qwen":
+        fields, tensors, place = read_object(path / "config.json"), hf.read(path), path
+    else:
+        named = {name: section[name] for name in PIECES if section.get(name)}
+        if path.is_dir():  # what it holds itself comes before what the YAML names
+            named = {name: value for name, value in named.items() if not pieces_in(path)[name]}
+        folders = ("llm", "qformer")
+        pieces = {name: hub.resolve(at) if name in folders else local_file(at) for name, at in named.items()}
+        release = open_release(path, pieces)
+        fields, tensors, place = release.fields, release.tensors, release.tokenizer
+    config = read_config(fields, str(path), **overrides)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = load_qwen_tokenizer(place if tokenizer is None else hub.resolve(tokenizer))
+    processor = MiniGPT4QwenProcessor.from_config(config, tokenizer)
+    with torch.device("meta"):
+        network = MiniGPT4QwenForConditionalGeneration(config)
+    name = next((one for one in ("llm_model.lm_head.weight", "lm_head.weight") if one in tensors), next(iter(tensors)))
+    dtype = tensors.meta(name)[1]  # the decoder's: pieces are stored in several
+    complete(network, load_into(network, tensors, dtype=dtype, device="cpu", rules=RULES))
+    config.dtype = dtype
+    return network, processor
+
+
+def _freeze(network: MiniGPT4QwenForConditionalGeneration, section: Mapping[str, Any]) -> None:
+    """Switch gradients off, as the section says; the release trains the projector alone."""
+    parts = {
+        "freeze_vit": [network.vision_tower.embeddings, network.vision_tower.encoder],
+        "freeze_qformer": [network.qformer, network.vision_tower.post_layernorm],
+        "freeze_proj": [network.projector],
+        "freeze_llm": [network.language_model, network.lm_head],
+    }
+    for name, modules in parts.items():
+        for module in modules:
+            module.requires_grad_(not section.get(name, name != "freeze_proj"))
+    network.query_tokens.requires_grad_(not section.get("freeze_queries", True))
+    if section.get("unfreeze_pos_embed"):
+        network.vision_tower.embeddings.position_embedding.requires_grad_(True)
+
+
+def _spread(network: MiniGPT4QwenForConditionalGeneration) -> Any:
+    try:
+        from accelerate import dispatch_model, infer_auto_device_map
+    except ImportError as error:
+        raise MissingDependency(
+            "llm_device_map='auto' needs accelerate, which is not installed: pip install 'lavish[train]'."
+        ) from error
+    places = infer_auto_device_map(network, no_split_module_classes=list(network._no_split_modules or ()))
+    return dispatch_model(network, places)
+
+
+def _check_images(places: int, images: torch.Tensor | None) -> None:
+    given = 0 if images is None else len(images)
+    if places != given:
+        raise PromptError(
+            f"The texts hold {places} place(s) {PLACE} and {given} image(s) were given; each image needs one place and "
+            "each place one image."
+        )
