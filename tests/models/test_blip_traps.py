@@ -223,7 +223,7 @@ def test_captions_to_learn_are_cut_and_questions_too() -> None:
 
 def test_a_damaged_tokenizer(tmp_path: Any) -> None:
     (tmp_path / "vocab.txt").write_text("cat\ndog\n", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"2 entries without \[PAD\], \[UNK\], \[CLS\], \[SEP\]"):
+    with pytest.raises(CheckpointError, match=r"2 entries without \[PAD\], \[UNK\], \[CLS\], \[SEP\], \[MASK\]"):
         load("blip_caption", tokenizer=tmp_path)
     with pytest.raises(CheckpointError, match=r"no tokenizer; looked for tokenizer\.json and vocab\.txt"):
         load("blip_caption", tokenizer=checkpoint("blip_caption").parent)

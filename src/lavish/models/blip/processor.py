@@ -84,7 +84,7 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
         lower = read_optional_object(folder / "tokenizer_config.json").get("do_lower_case", True)
         entries = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").splitlines()
         # transformers would add what is absent behind the vocabulary, and shift [DEC] and [ENC].
-        if absent := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in entries]:
+        if absent := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token not in entries]:
             raise CheckpointError(
                 f"{folder / 'vocab.txt'}: {len(entries)} entries without {', '.join(absent)}; BLIP needs the "
                 "vocabulary of bert-base-uncased (30522 entries). Fetch it again."
