@@ -131,12 +131,15 @@ def test_folders(tmp_path):
     assert texts["eval"]("as it is") == "as it is"
 
 
-def test_llm_device_map():
-    spread = load(llm_device_map="auto")
+def test_llm_device_map(monkeypatch):
     case = facts()["generate"]
-    assert spread.generate({"image": images(0), "text": case["text"]}, **SHORT) == case["output"]
+    answers = load(llm_device_map="auto").generate({"image": images(0), "text": case["text"]}, **SHORT)
+    assert answers == case["output"]
     with pytest.raises(ConfigError, match="llm_device_map='gpu' was asked"):
         load(llm_device_map="gpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"2 GPUs are there.*lavish\.load"):
+        load(llm_device_map="auto")
 
 
 def test_a_checkpoint_later(tmp_path):

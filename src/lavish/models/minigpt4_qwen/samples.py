@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lavish.checkpoints import hf, hub
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.checkpoints.loading import load_into, rearrange
-from lavish.common.errors import ConfigError, MissingDependency, PromptError, did_you_mean, shown
+from lavish.common.errors import ConfigError, PromptError, did_you_mean, shown
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
 from lavish.models.minigpt4_qwen.config import MiniGPT4QwenConfig, read_config
 from lavish.models.minigpt4_qwen.model import MiniGPT4QwenForConditionalGeneration
@@ -103,8 +103,6 @@ class MiniGPT4Qwen(BaseModel):
         fields = {name: value for name, value in section.items() if name not in SECTION_KEYS}
         network, processor = _load(local_file(trained), section, fields, tokenizer)
         _freeze(network, section)
-        if section.get("llm_device_map") == "auto":
-            network = _spread(network)
         return cls(network, processor, int(section.get("max_txt_len", 512)))
 
     @property
@@ -224,15 +222,22 @@ class MiniGPT4Qwen(BaseModel):
 
 
 def check_llm_device_map(llm_device_map: object) -> None:
-    """Check the release's option for where the decoder goes.
+    """Check the release's option for where the decoder goes: "cpu" (with the rest), or "auto" (where there is room).
+
+    With one device both are the same: `load_model(device=...)` moves the whole model there.
 
     Raises:
-        ConfigError: neither "cpu" (with the rest of the model) nor "auto" (over the visible devices).
+        ConfigError: another value, or "auto" with several GPUs, which `lavish.load` serves.
     """
     if llm_device_map not in ("cpu", "auto"):
         raise ConfigError(
-            f"llm_device_map={shown(llm_device_map)} was asked; it is 'cpu' (the decoder stays with the rest) or "
-            "'auto' (the layers are spread over the visible devices)."
+            f"llm_device_map={shown(llm_device_map)} was asked; it is 'cpu' (the decoder stays with the rest of the "
+            "model) or 'auto'."
+        )
+    if llm_device_map == "auto" and torch.cuda.device_count() > 1:
+        raise ConfigError(
+            f"llm_device_map='auto' was asked, and {torch.cuda.device_count()} GPUs are there: a model is spread over "
+            "them by lavish.load(path, eva=..., blip2=..., llm=..., device='auto'). Here use 'cpu' and device=."
         )
 
 
@@ -276,17 +281,6 @@ def _freeze(network: MiniGPT4QwenForConditionalGeneration, section: Mapping[str,
     network.query_tokens.requires_grad_(not section.get("freeze_queries", True))
     if section.get("unfreeze_pos_embed"):
         network.vision_tower.embeddings.position_embedding.requires_grad_(True)
-
-
-def _spread(network: MiniGPT4QwenForConditionalGeneration) -> Any:
-    try:
-        from accelerate import dispatch_model, infer_auto_device_map
-    except ImportError as error:
-        raise MissingDependency(
-            "llm_device_map='auto' needs accelerate, which is not installed: pip install 'lavish[train]'."
-        ) from error
-    places = infer_auto_device_map(network, no_split_module_classes=list(network._no_split_modules or ()))
-    return dispatch_model(network, places)
 
 
 def _check_images(places: int, images: torch.Tensor | None) -> None:
