@@ -6,18 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
-import lavish
-from lavish.common.errors import ConfigError, LavishError, NumericsError, PromptError
-from lavish.inference.vlm import VLM
-from lavish.models import model_zoo
-from lavish.models.glm4v_9b.config import ChatGLMConfig
-from lavish.models.glm4v_9b.model import Glm4v9bForCausalLM
-from lavish.models.glm4v_9b.processor import Glm4v9bProcessor
-from lavish.models.glm4v_9b.tokenizer import ChatGLM4Tokenizer
-from tests.models.glm4v_fixture import (
+from glm4v_fixture import (
     CASES,
     CHECKPOINT,
     FOLDER,
@@ -28,7 +17,18 @@ from tests.models.glm4v_fixture import (
     inputs,
     weights,
 )
-from tests.tolerance import GLM4V
+from safetensors.torch import load_file
+from tolerance import GLM4V
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+import lavish
+from lavish.common.errors import ConfigError, LavishError, NumericsError, PromptError
+from lavish.inference.vlm import VLM
+from lavish.models import model_zoo
+from lavish.models.glm4v_9b.config import ChatGLMConfig
+from lavish.models.glm4v_9b.model import Glm4v9bForCausalLM
+from lavish.models.glm4v_9b.processor import Glm4v9bProcessor
+from lavish.models.glm4v_9b.tokenizer import ChatGLM4Tokenizer
 
 AUTO = (
     (AutoConfig, ChatGLMConfig),
@@ -164,6 +164,18 @@ def test_positions_are_the_limit(vlm):
     short = lavish.load(CHECKPOINT, config={"seq_length": 30})
     with pytest.raises(PromptError):
         short.chat([{"role": "user", "content": "x" * 60}])
+
+
+@pytest.mark.parametrize("arguments", [{"quantization": "int8"}, {"pack": True}, {"dtype": "bfloat16"}])
+def test_other_forms_of_the_weights_answer(vlm, arguments):
+    """The same first token, of which the network is sure."""
+    other = lavish.load(CHECKPOINT, **arguments)
+    case = "system_image"
+    reply, wanted = other.chat(conversations()[case], **GREEDY), expected_json()["cases"][case]["greedy"][0]
+    assert reply.token_ids[0] == wanted[0]
+    if arguments != {"pack": True}:
+        kinds = {value.dtype for value in other.model.state_dict().values()}
+        assert kinds <= {torch.int8, torch.float32} or kinds == {torch.bfloat16}
 
 
 def test_nan_raises(vlm):

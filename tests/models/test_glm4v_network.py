@@ -5,15 +5,7 @@ import json
 
 import pytest
 import torch
-
-from lavish.checkpoints.hf import read
-from lavish.checkpoints.loading import load_into
-from lavish.checkpoints.rules import plan
-from lavish.common.errors import ConfigError, MissingKeys, PromptError
-from lavish.models.glm4v_9b.config import ChatGLMConfig, Glm4v9bVisionConfig, read_config
-from lavish.models.glm4v_9b.model import Glm4v9bForCausalLM
-from lavish.models.glm4v_9b.weights import INV_FREQ, RULES, complete
-from tests.models.glm4v_fixture import (
+from glm4v_fixture import (
     BOI,
     CASES,
     CHECKPOINT,
@@ -31,7 +23,15 @@ from tests.models.glm4v_fixture import (
     shared_network,
     weights,
 )
-from tests.tolerance import GLM4V, GLM4V_GRADIENTS
+from tolerance import GLM4V, GLM4V_GRADIENTS
+
+from lavish.checkpoints.hf import read
+from lavish.checkpoints.loading import load_into
+from lavish.checkpoints.rules import plan
+from lavish.common.errors import ConfigError, MissingKeys, PromptError
+from lavish.models.glm4v_9b.config import ChatGLMConfig, Glm4v9bVisionConfig, read_config
+from lavish.models.glm4v_9b.model import Glm4v9bForCausalLM
+from lavish.models.glm4v_9b.weights import INV_FREQ, RULES, complete
 
 
 def near(actual, wanted, bounds=GLM4V):

@@ -6,15 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-from lavish.common.errors import CheckpointError, ConfigError, MediaError, PromptError
-from lavish.inference.streaming import TextStream
-from lavish.models.glm4v_9b import tokenizer as glm_tokenizer
-from lavish.models.glm4v_9b.processor import RELEASE_TRAIN_TOKENS, Glm4v9bProcessor
-from lavish.models.glm4v_9b.tokenizer import SPECIAL_TOKENS, ChatGLM4Tokenizer
-from lavish.processors.tokenizers import encode_plain
-from tests.models.glm4v_fixture import (
+from glm4v_fixture import (
     ASSISTANT,
     BOI,
     CASES,
@@ -34,6 +26,14 @@ from tests.models.glm4v_fixture import (
     finetune_samples,
     shared_network,
 )
+from PIL import Image
+
+from lavish.common.errors import CheckpointError, ConfigError, MediaError, PromptError
+from lavish.inference.streaming import TextStream
+from lavish.models.glm4v_9b import tokenizer as glm_tokenizer
+from lavish.models.glm4v_9b.processor import RELEASE_TRAIN_TOKENS, Glm4v9bProcessor
+from lavish.models.glm4v_9b.tokenizer import SPECIAL_TOKENS, ChatGLM4Tokenizer
+from lavish.processors.tokenizers import encode_plain
 
 
 @pytest.fixture(scope="module")

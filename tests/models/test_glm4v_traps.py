@@ -6,9 +6,7 @@ Elsewhere: 6, 7 in test_glm4v_processor.py; 8, 9 in test_glm4v_network.py; 10, 1
 
 import pytest
 import torch
-
-from lavish.models.glm4v_9b.processor import Glm4v9bProcessor
-from tests.models.glm4v_fixture import (
+from glm4v_fixture import (
     BOI,
     CASES,
     CHECKPOINT,
@@ -19,7 +17,9 @@ from tests.models.glm4v_fixture import (
     network,
     shared_network,
 )
-from tests.tolerance import GLM4V
+from tolerance import GLM4V
+
+from lavish.models.glm4v_9b.processor import Glm4v9bProcessor
 
 
 @pytest.fixture(scope="module")

@@ -63,11 +63,13 @@ class GatheredLinear(nn.Linear):
 STYLES: dict[str, type[nn.Linear]] = {
     "colwise": nn.Linear,
     "colwise_heads": nn.Linear,
+    "colwise_halves": nn.Linear,
     "rowwise": RowwiseLinear,
     "colwise_gather_output": GatheredLinear,
 }
 """What a plan may say of a layer, and the layer that holds a share. "colwise" cuts output features, "colwise_heads"
-those of a fused projection by heads, "rowwise" input features."""
+those of a fused projection by heads, "colwise_halves" those of a fused gate and up inside each, "rowwise" input
+features."""
 
 
 def check_parallel(parallel: str | None) -> None:
@@ -163,6 +165,10 @@ def cut_network(network: nn.Module, plan: Mapping[str, str]) -> dict[str, Cut]:
         dim = 1 if style == "rowwise" else 0
         if style == "colwise_heads":
             spans = head_spans(*_heads(attention), whole.weight.shape[0], rank, size)
+        elif style == "colwise_halves":
+            half = whole.weight.shape[0] // 2
+            share = half // size
+            spans = tuple((start + rank * share, start + (rank + 1) * share) for start in (0, half))
         else:
             length = whole.weight.shape[dim]
             share = -(-length // size)
@@ -270,6 +276,8 @@ def _problem(network: nn.Module, layers: Mapping[str, str], size: int) -> str | 
         if style == "colwise" and num_heads % size:  # q, k and v apart: whole heads too
             return f"the {num_heads} heads of {name!r} do not divide"
         features = layer.in_features if style == "rowwise" else layer.out_features
+        if style == "colwise_halves":
+            features //= 2
         if features % size and style != "colwise_gather_output":
             return f"the {features} features of {name!r} do not divide"
     return None

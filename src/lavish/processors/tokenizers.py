@@ -182,6 +182,21 @@ def load_rank_file(
         CheckpointError: a damaged file, or special ids that do not follow its ranks.
     """
     path = Path(path)
+    backend = rank_backend(
+        path, split_pattern=split_pattern, special_tokens=special_tokens, normalizer=normalizer, prefix=prefix
+    )
+    return _fast(path.parent, tokenizer_class, tokenizer_object=backend, **named)
+
+
+def rank_backend(
+    path: Path,
+    *,
+    split_pattern: str,
+    special_tokens: Mapping[str, int],
+    normalizer: normalizers.Normalizer | None = None,
+    prefix: Sequence[str] = (),
+) -> Tokenizer:
+    """Give what `load_rank_file` puts into a transformers tokenizer, which copies it: 1.5 s at 151,329 ranks."""
     ranks = _read_ranks(path)
     special = sorted(special_tokens, key=special_tokens.__getitem__)
     found = [special_tokens[token] for token in special]
@@ -192,12 +207,9 @@ def load_rank_file(
             "to different models; fetch the tokenizer's files again."
         )
     letters = bytes_to_unicode()
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    vocab = {spell(token): rank for token, rank in ranks.items()}
-    merges = [(spell(left), spell(right)) for left, right in _merges(ranks)]
+    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
     backend = Tokenizer(BPE(vocab, merges, ignore_merges=True))
     if normalizer is not None:
         backend.normalizer = normalizer
@@ -216,14 +228,17 @@ def load_rank_file(
             pair=f"{start} $A {start} $B",
             special_tokens=[(token, special_tokens[token]) for token in prefix],
         )
-    return _fast(path.parent, tokenizer_class, tokenizer_object=backend, **named)
+    return backend
 
 
 def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     """Give every pair that joins to a token, tokens by rank: tiktoken joins what has the lowest rank joined."""
     for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        known = []
+        for cut in range(1, len(token)):
+            left = token[:cut]
+            if left in ranks and (right := token[cut:]) in ranks:
+                known.append((left, right))
         yield from sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lavish.checkpoints.json_file import read_optional_object
 from lavish.common.errors import CheckpointError
-from lavish.processors.tokenizers import load_rank_file
+from lavish.processors.tokenizers import rank_backend
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -67,12 +67,8 @@ class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
         if kwargs.get("tokenizer_object") is None and not (saved and Path(saved).is_file()):
             if vocab_file is None or not Path(vocab_file).is_file():
                 raise CheckpointError(f"No tokenizer.model to read the tokenizer from (looked for {vocab_file}).")
-            backend = load_rank_file(
-                vocab_file,
-                split_pattern=SPLIT,
-                special_tokens=special_tokens(Path(vocab_file)),
-                prefix=PREFIX,
-            ).backend_tokenizer
+            path = Path(vocab_file)
+            backend = rank_backend(path, split_pattern=SPLIT, special_tokens=special_tokens(path), prefix=PREFIX)
             kwargs["tokenizer_object"], kwargs["tokenizer_file"] = backend, None
         super().__init__(**kwargs)
 
