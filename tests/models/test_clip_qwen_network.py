@@ -13,6 +13,7 @@ from clip_qwen_fixture import (
     EXPECTED,
     FIXTURE,
     IMAGES,
+    LLM,
     PROMPTS,
     RELEASE,
     expanded,
@@ -30,8 +31,12 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import lavish
+from lavish.checkpoints import hf
 from lavish.checkpoints.qwen import LORA_TARGETS
 from lavish.checkpoints.rules import plan
+from lavish.common.errors import ConfigError
+from lavish.inference.parallel import load_share
+from lavish.models import family_of
 from lavish.models.clip_qwen.config import ClipQwenConfig, read_config
 from lavish.models.clip_qwen.model import ClipQwenForConditionalGeneration, freeze
 from lavish.models.clip_qwen.weights import RULES, native_adapter, tie_shared_lora
@@ -431,3 +436,40 @@ def test_odd_sizes(change: dict[str, Any]) -> None:
     inputs = made.apply_chat_template(messages("cap_zh"))
     assert inputs["input_ids"].shape[1] == 32 + config.num_image_tokens
     assert odd(**inputs).logits.isfinite().all()
+
+
+# -- surroundings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_processes_that_would_cut_through_heads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int) -> None:
+    """8 divides the 64 features of q, and not its 4 heads."""
+    for name, value in {"WORLD_SIZE": size, "RANK": 0, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigError, match=rf"with {size} processes: the 4 heads of .* do not divide\. Use 2 or 4"):
+        load_share(
+            family_of(network()), network().config, hf.read(LLM), dtype=torch.float32, device=torch.device("cpu")
+        )
+
+
+@torch.no_grad()
+def test_in_eight_bits(tmp_path: Path) -> None:
+    merged = load("merged")
+    merged.model.save_pretrained(tmp_path)
+    merged.processor.save_pretrained(tmp_path)
+    small = lavish.load(tmp_path, quantization="int8")
+    inputs = processor().apply_chat_template(messages("cap_zh"))
+    wanted = tensors()["lora_logits_cap_zh"]
+    difference = (small.model(**inputs).logits[0] - wanted).abs()
+    assert 0 < difference.mean() < 0.1 * wanted.std()
+    with pytest.raises(ConfigError, match="merge the adapter, save, and quantise"):
+        lavish.load(RELEASE, quantization="int8")
+
+
+def test_merging_by_the_surface(tmp_path: Path) -> None:
+    vlm = load()
+    assert len(vlm.adapters) == 1
+    vlm.merge_adapter()
+    assert isinstance(vlm.model, ClipQwenForConditionalGeneration)
+    found = vlm.chat(messages("cap_zh"), max_new_tokens=24).token_ids
+    assert found == EXPECTED["generate"]["merged"]["cap_zh"]["tokens"]
