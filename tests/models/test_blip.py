@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from blip_fixture import (
 from tolerance import BLIP_IMAGES, BLIP_LOGITS
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
 
+import lavish
 from lavish.checkpoints.rules import plan, reverse
 from lavish.common.errors import CheckpointError, ConfigError, DataError, PromptError, UnexpectedKeys, UnknownLayout
 from lavish.models import load_model, load_model_and_preprocess, load_preprocess
@@ -444,6 +446,34 @@ def test_training_goes_down_and_is_random() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+def test_attributes_that_lavis_users_know() -> None:
+    caption = load("blip_caption")
+    assert (caption.prompt, caption.prompt_length, caption.max_txt_len) == ("a picture of ", 4, 12)
+    assert caption.tokenizer is caption.processor.tokenizer
+    wanted = caption.generate(samples("blip_caption"), prompt="a dog")
+    caption.prompt, caption.max_txt_len = "a dog", 6
+    assert caption.generate(samples("blip_caption")) == wanted
+    assert caption.processor.captions(["a red cat on the table and a dog"])[0].shape == (1, 6)
+
+
+def test_a_med_config_as_text_config(tmp_path: Path) -> None:
+    case = checkpoint("blip_vqa")
+    text = json.loads((case.parent / "med_config.json").read_text(encoding="utf-8"))
+    shutil.copy(case, tmp_path)
+    config = {**CONFIG, "text_config": text, "max_txt_len": 10}
+    options = {"config": config, "tokenizer": tokenizer("blip_vqa")}
+    loaded = load_model("blip_vqa", "vqav2", True, checkpoint=tmp_path / case.name, **options)
+    assert answers_of(loaded, "blip_vqa") == answers_of(model("blip_vqa"), "blip_vqa")
+
+
+def test_through_lavish_load(tmp_path: Path) -> None:
+    model("blip_vqa").save_pretrained(tmp_path)
+    vlm = lavish.load(tmp_path, device="cpu")
+    wanted, answers = facts("blip_vqa")["predict_answers"]["rank"]["answers"], prompts("blip_vqa")["answer_list"]
+    for picture, question, answer in zip(pictures("blip_vqa"), samples("blip_vqa")["text_input"], wanted, strict=True):
+        assert vlm.answer(picture, question, answer_list=answers) == answer
 
 
 # Bad input

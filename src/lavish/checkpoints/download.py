@@ -59,7 +59,7 @@ def fetch(url: str) -> Path:
     try:
         _continue(url, part)
     except (urllib.error.URLError, OSError) as error:  # OSError: a broken connection, a full disk
-        reason = getattr(error, "reason", None) or error
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise CheckpointError(
             f"{url}: could not be fetched ({reason}). Run again: it resumes; or give the path of the file."
         ) from error

@@ -37,6 +37,15 @@ SECTIONS = ("vision_config", "text_config")
 TOP_LEVEL = (*SECTIONS, "image_text_hidden_size")
 MED_NAMES = {"encoder_width": "encoder_hidden_size"}
 """Keys of LAVIS's med_config.json that transformers spells otherwise."""
+BERT_ONLY = (
+    "architectures",
+    "model_type",
+    "add_type_embeddings",
+    "add_cross_attention",
+    "type_vocab_size",
+    "fusion_layer",
+)
+"""Keys of a med_config.json that tell nothing here."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class SpecialIds:
 
 
 def check_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Give config fields as nested dicts, after checking their names.
+    """Give config fields as nested dicts, after checking their names; a `text_config` may be a med_config of LAVIS.
 
     Raises:
         ConfigError: a section that is none, or a name that is no field; the nearest is suggested.
@@ -61,8 +70,9 @@ def check_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
             continue
         if not isinstance(fields[section], Mapping):
             raise ConfigError(f"{where}: {section} is {shown(fields[section])} and must be an object.")
-        _check_names(fields[section], known, where, f"{section}.")
-        checked[section] = dict(fields[section])
+        values = {MED_NAMES.get(name, name): value for name, value in fields[section].items() if name not in BERT_ONLY}
+        _check_names(values, known, where, f"{section}.")
+        checked[section] = values
     return checked
 
 
@@ -83,8 +93,9 @@ def _check_names(fields: Mapping[str, Any], known: tuple[str, ...], where: str, 
 
 
 def read_med_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the `text_config` of a LAVIS med_config.json; what only BERT has (token types, architectures) is left."""
-    known = set(text_fields()) - set(SpecialIds.__dataclass_fields__) - {"model_type", "architectures"}
+    """Give the `text_config` of a LAVIS med_config.json beside a file; ids are the tokenizer's, what BERT alone has is
+    left."""
+    known = set(text_fields()) - set(SpecialIds.__dataclass_fields__) - set(BERT_ONLY)
     renamed = {MED_NAMES.get(name, name): value for name, value in fields.items()}
     return {name: value for name, value in renamed.items() if name in known}
 

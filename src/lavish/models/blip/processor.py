@@ -68,7 +68,7 @@ def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTo
         CheckpointError: no tokenizer file there, or a vocabulary without BERT's special tokens.
     """
     tokenizer = source if isinstance(source, PreTrainedTokenizerBase) else _read(hub.resolve(source))
-    where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+    where = tokenizer.name_or_path or "the tokenizer"
     for name in ("cls_token", "sep_token", "pad_token", "unk_token"):
         if getattr(tokenizer, name) is None:  # attributes of every transformers tokenizer
             raise CheckpointError(f"{where}: has no {name}; BLIP needs the tokenizer bert-base-uncased.")

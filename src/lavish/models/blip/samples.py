@@ -179,6 +179,34 @@ class BlipBase(BaseModel):
         self.processor.save_pretrained(folder)
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """BERT's, with `[DEC]` and `[ENC]`."""
+        return self.processor.tokenizer
+
+    @property
+    def max_txt_len(self) -> int:
+        """Most ids of a caption or question; may be set."""
+        return self.processor.max_txt_len
+
+    @max_txt_len.setter
+    def max_txt_len(self, value: int) -> None:
+        self.processor.max_txt_len = value
+
+    @property
+    def prompt(self) -> str:
+        """What captions begin with; may be set."""
+        return self.processor.prompt
+
+    @prompt.setter
+    def prompt(self, value: str) -> None:
+        self.processor.prompt = value
+
+    @property
+    def prompt_length(self) -> int:
+        """Ids of the prompt, `[DEC]` counted."""
+        return len(self.processor.prompt_ids(self.prompt))
+
+    @property
     def image_size(self) -> int:
         """Side of the pictures it takes, in pixels."""
         return self.processor.image_processor.image_size
@@ -250,8 +278,7 @@ class BlipCaption(BlipBase):
         """Give the loss of captions; `text_input` holds the prompt already, which is not learnt."""
         image_embeds = self.image_states(samples)
         input_ids, attention_mask = self._moved(self.processor.captions(self._texts(samples, len(image_embeds))))
-        prompt_length = len(self.processor.prompt_ids(self.processor.prompt))
-        labels = caption_labels(input_ids, attention_mask, prompt_length)
+        labels = caption_labels(input_ids, attention_mask, self.prompt_length)
         output = self.network.text_decoder(
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, labels=labels
         )
@@ -321,7 +348,7 @@ class BlipCaption(BlipBase):
 
     def _prompts(self, prompt: str | Sequence[str] | None, count: int) -> list[str]:
         if prompt is None or isinstance(prompt, str):
-            return [self.processor.prompt if prompt is None else prompt] * count
+            return [self.prompt if prompt is None else prompt] * count
         if len(prompt) != count:
             raise PromptError(f"{len(prompt)} prompts and {count} images: give one prompt, or one for each image.")
         return list(prompt)
