@@ -15,8 +15,8 @@ from pathlib import Path
 from lavish.common.errors import CheckpointError, ConfigError, MissingDependency, shown
 
 MODELSCOPE = "modelscope:"
-DATA_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.yaml"]
-"""Weights, configs, tokenizers and templates."""
+DATA_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.yaml", "other_params.bin"]
+"""Weights, configs, tokenizers, templates; the last is the projector of a CLIP + Qwen run, which has this form only."""
 PICKLE_FILES = ["pytorch_model*.bin", "adapter_model*.bin"]
 NEVER_FETCHED = ["*.py", "*/*"]
 """Code, and folders beside the weights (other formats, training states)."""
