@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from lavish.checkpoints.qwen import LORA_TARGETS
 from lavish.checkpoints.rules import plan
 from lavish.common.errors import ConfigError
 from lavish.inference.parallel import load_share
+from lavish.inference.vlm import VLM
 from lavish.models import family_of
 from lavish.models.clip_qwen.config import ClipQwenConfig, read_config
 from lavish.models.clip_qwen.model import ClipQwenForConditionalGeneration, freeze
@@ -436,6 +438,31 @@ def test_odd_sizes(change: dict[str, Any]) -> None:
     inputs = made.apply_chat_template(messages("cap_zh"))
     assert inputs["input_ids"].shape[1] == 32 + config.num_image_tokens
     assert odd(**inputs).logits.isfinite().all()
+
+
+def test_a_conversation_that_grows_beyond_seq_length() -> None:
+    """The cache of the first turn (alpha 1) is of no use to the second (alpha 3)."""
+    conversation = messages("cap_zh")
+    vlm, fresh = shared(), VLM(network("lora"), processor(), eos_token_ids=[END_OF_TEXT])
+    vlm.conversations.clear()
+    for _ in range(3):
+        reply = vlm.chat(conversation, max_new_tokens=12)
+        fresh.conversations.clear()
+        assert reply.token_ids == fresh.chat(conversation, max_new_tokens=12).token_ids
+        conversation = [
+            *conversation,
+            {"role": "assistant", "content": "图中有一个红色的圆形和蓝色的方块。"},
+            {"role": "user", "content": "How many people are there?"},
+        ]
+    assert processor().apply_chat_template(conversation)["input_ids"].shape[1] > 80
+
+
+def test_requests_in_threads() -> None:
+    vlm = shared()
+    alone = {name: vlm.chat(messages(name), max_new_tokens=12).token_ids for name in PROMPTS}
+    with ThreadPoolExecutor(4) as pool:
+        replies = {name: pool.submit(vlm.chat, messages(name), max_new_tokens=12) for name in PROMPTS}
+    assert {name: reply.result().token_ids for name, reply in replies.items()} == alone
 
 
 # -- surroundings ------------------------------------------------------------------------------------------------------
