@@ -19,7 +19,14 @@ from glm4v_fixture import (
 )
 from safetensors.torch import load_file
 from tolerance import GLM4V
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    StaticCache,
+)
 
 import lavish
 from lavish.common.errors import ConfigError, LavishError, NumericsError, PromptError
@@ -250,3 +257,40 @@ def test_features_are_computed_once(vlm):
     for case in IMAGE_CASES[:2]:
         endless.chat(conversations()[case], **GREEDY)
     assert len(endless.features) == 1
+
+
+# The network with the processor's batches
+
+
+def test_batches_of_the_processor_go_to_generate_as_they_are(vlm):
+    batch = vlm.processor.apply_chat_template([conversations()[case] for case in CASES])
+    wanted = torch.cat([expected()[f"{case}.greedy_tokens_no_eos_stop"] for case in CASES])
+    tokens = vlm.model.generate(**batch, **GREEDY, eos_token_id=None)
+    assert torch.equal(tokens[:, batch["input_ids"].shape[1] :], wanted)
+    single = vlm.processor.apply_chat_template(conversations()["multi_turn"])
+    features = vlm.model.get_image_features(single.pop("pixel_values"))
+    tokens = vlm.model.generate(**single, image_features=features, **GREEDY, eos_token_id=None)
+    assert torch.equal(tokens[:, single["input_ids"].shape[1] :], wanted[CASES.index("multi_turn")][None])
+
+
+@torch.no_grad()
+def test_embeddings_with_positions(vlm):
+    single = vlm.processor.apply_chat_template(conversations()["multi_turn"])
+    embeds = vlm.model.embed(single["input_ids"], vlm.model.get_image_features(single["pixel_values"]))
+    positions = vlm.model.position_ids_from(single["input_ids"])
+    logits = vlm.model(inputs_embeds=embeds, position_ids=positions).logits
+    torch.testing.assert_close(logits, expected()["multi_turn.logits"], **GLM4V)
+
+
+@torch.no_grad()
+def test_a_step_is_one_graph(vlm):
+    """A decoding step on a static cache holds nothing that a compiler must leave the graph for."""
+    network = vlm.model
+    cache = StaticCache(config=network.config, max_cache_len=64)
+    output = network(**vlm.processor.apply_chat_template(conversations()["multi_turn"]), past_key_values=cache)
+    step = torch.compile(network.forward, backend="eager", fullgraph=True)
+    deltas, found = output.rope_deltas, []
+    for _ in range(4):
+        found.append(int(output.logits[0, -1].argmax()))
+        output = step(torch.tensor([found[-1:]]), past_key_values=cache, rope_deltas=deltas)
+    assert found == expected_json()["cases"]["multi_turn"]["greedy"][0][:4]
