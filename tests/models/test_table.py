@@ -18,8 +18,9 @@ def test_every_family_names_classes_that_exist():
 
 def test_families_are_found_by_architecture_first():
     assert detect_family({"architectures": ["CogVLMForCausalLM"]}, "x").name == "cogvlm"
+    assert detect_family({"architectures": ["CogVLMVideoForCausalLM"]}, "x").name == "cogvlm"
     assert detect_family({"model_type": "cogvlm"}, "x").name == "cogvlm"
-    for config in ({"architectures": ["CogVLMVideoForCausalLM"], "model_type": "cogvlm"}, {"model_type": "llama"}, {}):
+    for config in ({"architectures": ["CogVLM3ForCausalLM"], "model_type": "cogvlm"}, {"model_type": "llama"}, {}):
         with pytest.raises(UnknownLayout, match=r"^some/config\.json names"):
             detect_family(config, "some/config.json")
     assert detect_family({"architectures": "CogVLMForCausalLM"}, "x").name == "cogvlm"

@@ -93,11 +93,19 @@ class Conversation:
             pairs = zip(self.token_ids, token_ids, self.token_type_ids, token_type_ids)
             common = next(i for i, (a, b, s, t) in enumerate(pairs) if a != b or s != t)
         runs = image_runs(token_type_ids, len(digests))
+        if _kind(self.token_type_ids, common) != _kind(token_type_ids, common):
+            # The place of an image's last slot depends on whether another one follows it without text between.
+            while common and token_type_ids[common - 1] == 1:
+                common -= 1
         for index, (start, end) in enumerate(runs):
             same = self.digests[index : index + 1] == digests[index : index + 1]
             if start < common and (end > common or not same):
                 return start
         return common
+
+
+def _kind(token_type_ids: list[int], place: int) -> int:
+    return token_type_ids[place] if place < len(token_type_ids) else 0
 
 
 def image_runs(token_type_ids: list[int], num_images: int) -> list[tuple[int, int]]:

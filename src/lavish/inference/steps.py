@@ -103,11 +103,14 @@ class CogVLMSteps:
             attention_mask = self._tensor([[0] * pad + [1] * len(prompt) for pad, prompt in zip(pads, prompts)])
         position_ids = position_ids_from(token_type_ids, attention_mask)
         new_ids, new_types = input_ids[:, num_cached:], token_type_ids[:, num_cached:]
+        routing = self.text_only  # all that CogVLM2-Video has
+        if not self.config.is_video:
+            routing = ExpertRouting.from_token_type_ids(new_types, attention_mask)
         hidden_states = self.network.model(
             inputs_embeds=self.network.model.embed(new_ids, new_types, features),
             position_ids=position_ids[:, num_cached:],
             attention_mask=attention_mask,
-            routing=ExpertRouting.from_token_type_ids(new_types, attention_mask),
+            routing=routing,
             past_key_values=cache,
             is_last_only=True,
         )

@@ -255,8 +255,10 @@ FAMILIES: tuple[Family, ...] = (
 
 _COGVLM = "CogVLM model licence (research; commercial use after registration)"
 _COGVLM2 = "CogVLM2 licence and Meta Llama 3 community licence"
+_QWEN = "Tongyi Qianwen licence (Qwen), BSD-3-Clause (the tower and Q-Former of LAVIS)"
 _VICUNA = "lmsys/vicuna-7b-v1.5"
 _V1_490, _V1_224, _V2 = 17_639_685_376, 17_637_948_928, 19_503_105_280
+_VIDEO, _VIDEO_BYTES = 12_507_530_496, 25_015_065_088
 _V1_490_BYTES, _V1_224_BYTES, _V2_BYTES = 35_279_374_848, 35_275_901_952, 39_006_214_656
 
 ZOO: tuple[ZooEntry, ...] = (
@@ -354,6 +356,28 @@ ZOO: tuple[ZooEntry, ...] = (
         "chat",
     ),
     ZooEntry(
+        "cogvlm2-llama3-caption",
+        "cogvlm",
+        "THUDM/cogvlm2-llama3-caption",
+        _COGVLM2,
+        _VIDEO,
+        _VIDEO_BYTES,
+        224,
+        "captions of videos, 24 frames of the first minute; unproven against its release",
+        "base",
+    ),
+    ZooEntry(
+        "cogvlm2-video-llama3-chat",
+        "cogvlm",
+        "THUDM/cogvlm2-video-llama3-chat",
+        _COGVLM2,
+        _VIDEO,
+        _VIDEO_BYTES,
+        224,
+        "conversations about a video, one frame of each of the first 24 seconds; unproven against its release",
+        "chat",
+    ),
+    ZooEntry(
         "glm-4v-9b",
         "glm4v_9b",
         "THUDM/glm-4v-9b",
@@ -362,6 +386,28 @@ ZOO: tuple[ZooEntry, ...] = (
         27_812_641_856,
         1120,
         "conversations about one picture at 1120 px, in Chinese and English (MMBench EN 81.1, OCRBench 786)",
+        "chat",
+    ),
+    ZooEntry(
+        "minigpt4qwen-7b",
+        "minigpt4_qwen",
+        "github:Coobiw/MiniGPT4Qwen",
+        _QWEN,
+        8_815_588_864,
+        17_631_177_728,
+        224,
+        "conversations about images and videos (32 frames), in Chinese and English; comes in pieces",
+        "chat",
+    ),
+    ZooEntry(
+        "minigpt4qwen-14b",
+        "minigpt4_qwen",
+        "github:Coobiw/MPP-LLaVA",
+        _QWEN,
+        15_262_342_656,
+        30_524_685_312,
+        224,
+        "the same on Qwen-14B-Chat; comes in pieces",
         "chat",
     ),
 )

@@ -1,4 +1,4 @@
-"""Configuration of CogVLM (v1) and CogVLM2: one family, told apart by `num_multi_query_heads`.
+"""Configuration of CogVLM (v1), CogVLM2 and CogVLM2-Video: told apart by `num_multi_query_heads` and `max_frames`.
 
 The fields keep the spelling of the released config.json; `attribute_map` gives them their standard names. The release
 has no `model_type` and keeps the rotary base in its code, so both are filled in here.
@@ -18,6 +18,7 @@ from lavish.models.cogvlm.manifest import (
     VISION_SIZES,
     advice,
     dotted_names,
+    max_frames,
 )
 
 MAX_SIZE = 2**31 - 1
@@ -94,11 +95,15 @@ class CogVLMConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     rope_theta: float | None = None  # None: 10000 in v1, 500000 in v2
     rope: Literal["reference", "float32"] = "reference"
+    max_frames: int | None = None  # of a video; given: CogVLM2-Video, which has no image experts
 
     def __post_init__(self, **kwargs):
         if self.rope not in ("reference", "float32"):
             raise ConfigError(f"rope={self.rope!r} was asked; it is 'reference' (the stored inv_freq) or 'float32'.")
         _check_sizes(self, SIZES, may_be_none="num_multi_query_heads")
+        _check_sizes(self, ("max_frames",), may_be_none="max_frames")
+        if self.is_video:
+            _check("CogVLM version", self.version, 2, "max_frames makes it a CogVLM2-Video")
         _check_above_zero("rms_norm_eps", self.rms_norm_eps)
         if self.rope_theta is not None:
             _check_above_zero("rope_theta", self.rope_theta)
@@ -117,6 +122,11 @@ class CogVLMConfig(PreTrainedConfig):
     def version(self) -> int:
         """1 or 2. By the config alone: 1226 positions do not tell it (cogvlm-base-224 has 257 and is v1)."""
         return 1 if self.num_multi_query_heads is None else 2
+
+    @property
+    def is_video(self) -> bool:
+        """CogVLM2-Video: frames go through the language experts, and there are no others."""
+        return self.max_frames is not None
 
     @property
     def tower(self) -> CogVLMVisionConfig:
@@ -217,6 +227,7 @@ def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
         raise ConfigError(f"config: {unknown[0]!r} is no field of CogVLMConfig.{did_you_mean(unknown[0], known)}")
     renamed = {CogVLMConfig.attribute_map.get(key, key): value for key, value in overrides.items()}
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "vision_config")}
+    fields["max_frames"] = max_frames(config)
     given = dotted_names(renamed)
     if "vision_config" in renamed:
         _check_form(renamed, "what was given")

@@ -44,6 +44,9 @@ VISION_SIZES = (
     "num_hidden_layers",
     "num_heads",
 )
+VIDEO_ARCHITECTURE = "CogVLMVideoForCausalLM"
+VIDEO_FRAMES = 24
+"""Frames of a video, in the released demo; no config.json says it."""
 MAX_LAYERS = 1000
 """The deepest part released has 63. A config.json may be a stranger's, and layers cost time before any file is read."""
 OPTIONAL_SIZES = {"num_multi_query_heads": None, "max_position_embeddings": 2048}
@@ -75,6 +78,8 @@ class Sizes:
     num_multi_query_heads: int | None
     max_position_embeddings: int
     vision: dict[str, int]
+    is_video: bool = False
+    """CogVLM2-Video: frames go through the language experts, and there are no image experts."""
 
     @property
     def version(self) -> int:
@@ -124,7 +129,16 @@ def read_sizes(fields: Mapping[str, Any], where: str, overrides: Mapping[str, An
         raise ConfigError(f"{where}: {error} {advice(str(error), given)}") from error
     if tower["num_positions"] is None:
         tower["num_positions"] = (tower["image_size"] // tower["patch_size"]) ** 2 + 1
-    return Sizes(**sizes, vision=tower)
+    return Sizes(**sizes, vision=tower, is_video=max_frames(fields) is not None)
+
+
+def max_frames(fields: Mapping[str, Any]) -> int | None:
+    """Give how many frames a model of this config.json sees, or None: it sees pictures. By the released architecture,
+    or by the field that lavish writes.
+    """
+    architectures = fields.get("architectures") or []
+    is_released = VIDEO_ARCHITECTURE in (architectures if isinstance(architectures, list) else [architectures])
+    return fields.get("max_frames", VIDEO_FRAMES if is_released else None)
 
 
 def _known(overrides: Any, names: tuple[str, ...], standard: Mapping[str, str]) -> dict[str, Any]:
@@ -202,13 +216,14 @@ def _layer(sizes: Sizes, prefix: str) -> Iterator[Tensor]:
     hidden, inner = sizes.hidden_size, sizes.intermediate_size
     fused = hidden + 2 * sizes.num_key_value_heads * sizes.head_dim  # query, key and value rows in one matrix
     yield Tensor(f"{prefix}.self_attn.rotary_emb.inv_freq", (sizes.head_dim // 2,), NORMS, is_optional=True)
-    for expert, part in (("vision", IMAGE), ("language", LANGUAGE)):
+    experts = (("language", LANGUAGE),) if sizes.is_video else (("vision", IMAGE), ("language", LANGUAGE))
+    for expert, part in experts:
         attention = f"{prefix}.self_attn.{expert}_expert"
         yield Tensor(f"{attention}_query_key_value.weight", (fused, hidden), part, is_linear=True)
         if expert == "vision" and sizes.version == 2:
             yield Tensor(f"{attention}_query_key_value.bias", (fused,), part)
         yield Tensor(f"{attention}_dense.weight", (hidden, hidden), part, is_linear=True)
-    for expert, part in (("language", LANGUAGE), ("vision", IMAGE)):
+    for expert, part in reversed(experts):
         mlp = f"{prefix}.mlp.{expert}_mlp"
         yield Tensor(f"{mlp}.gate_proj.weight", (inner, hidden), part, is_linear=True)
         yield Tensor(f"{mlp}.up_proj.weight", (inner, hidden), part, is_linear=True)

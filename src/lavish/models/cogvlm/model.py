@@ -5,7 +5,7 @@ v1 by its SAT model (THUDM/CogVLM, utils/models). Module names are the released 
 routing (routing.py), prompts and pixels (processor.py), reading checkpoints, sampling (transformers' `generate`).
 
 How the experts are run: the decoder keeps two streams of tokens, language and vision, through all layers. They meet in
-attention only, so a layer needs no boolean index, and a decoding step has no vision stream at all.
+attention only, so a layer needs no boolean index, and a decoding step has no vision stream (CogVLM2-Video never has).
 """
 
 from dataclasses import dataclass, replace
@@ -38,9 +38,8 @@ __all__ = ["CogVLMForCausalLM", "CogVLMModel", "ExpertRouting", "position_ids_fr
 
 
 def _is_in_place_allowed() -> bool:
-    """Whether results may be overwritten: no gradient is kept, and no compiler is there to fuse by itself.
-
-    In eager mode on a CPU fresh memory costs up to ten times the arithmetic of these steps (page faults).
+    """Whether results may be overwritten: no gradient is kept, and no compiler is there to fuse by itself. In eager
+    mode on a CPU fresh memory costs up to ten times the arithmetic of these steps (page faults).
     """
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -175,8 +174,9 @@ class VisionExpertAttention(nn.Module):
         self.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
         hidden_size, out = config.hidden_size, (self.num_heads + 2 * self.num_key_value_heads) * config.head_dim
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rotary_base)
-        self.vision_expert_query_key_value = nn.Linear(hidden_size, out, bias=config.version == 2)
-        self.vision_expert_dense = nn.Linear(hidden_size, hidden_size, bias=False)
+        if not config.is_video:
+            self.vision_expert_query_key_value = Linear(hidden_size, out, bias=config.version == 2)
+            self.vision_expert_dense = Linear(hidden_size, hidden_size, bias=False)
         self.language_expert_query_key_value = Linear(hidden_size, out, bias=False)
         self.language_expert_dense = Linear(hidden_size, hidden_size, bias=False)
 
@@ -224,10 +224,11 @@ class MLP(nn.Module):
 class VisionExpertMLP(nn.Module):
     """One MLP a stream."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, config: CogVLMConfig):
         super().__init__()
-        self.language_mlp = MLP(hidden_size, intermediate_size)
-        self.vision_mlp = MLP(hidden_size, intermediate_size)
+        self.language_mlp = MLP(config.hidden_size, config.intermediate_size)
+        if not config.is_video:
+            self.vision_mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, language: torch.Tensor, vision: torch.Tensor | None):
         return self.language_mlp(language), None if vision is None else self.vision_mlp(vision)
@@ -239,7 +240,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: CogVLMConfig, layer_idx: int):
         super().__init__()
         self.self_attn = VisionExpertAttention(config, layer_idx)
-        self.mlp = VisionExpertMLP(config.hidden_size, config.intermediate_size)
+        self.mlp = VisionExpertMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -460,7 +461,7 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (batch, seq); with a cache the new tokens only.
             attention_mask: (batch, past + seq), 0 on padding; None: no padding. A 4D mask goes to the decoder as it is.
             token_type_ids: (batch, seq) or (batch, past + seq), 1 on the image slots; None: no image in these tokens.
-            pixel_values: (images, 3, S, S), one image for each row that has image slots, in the order of the rows.
+            pixel_values: (images, 3, S, S), one for each row that has image slots (of a video its frames), row by row.
             position_ids: ignored, see the class.
             inputs_embeds: instead of `input_ids`; image features are laid over its slots too.
             image_features: (images, num_image_tokens, hidden) of `get_image_features`; the tower is skipped.
@@ -523,17 +524,16 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         given = image_features if image_features is not None else pixel_values
         found = 0 if given is None else given.shape[0]
-        if found != plan.num_image_rows:
+        if found != plan.num_images:
             raise PromptError(
-                f"{found} image(s) were given and {plan.num_image_rows} row(s) of the batch have image slots "
-                "(token_type_ids 1); every such row takes exactly one image. Make the inputs with the processor's "
-                "apply_chat_template."
+                f"{found} image(s) were given and {plan.num_images} row(s) or frame(s) of the batch have image slots "
+                "(token_type_ids 1). Make the inputs with the processor's apply_chat_template."
             )
         if not plan.has_new_image:
             return None  # no image at all, or all of them are in the cache already
         if image_features is None:
             return self.get_image_features(pixel_values)
-        expected = (plan.num_image_rows, self.config.num_image_tokens, self.config.hidden_size)
+        expected = (plan.num_images, self.config.num_image_tokens, self.config.hidden_size)
         if tuple(image_features.shape) != expected:
             raise PromptError(
                 f"image_features has the shape {tuple(image_features.shape)}; these rows take {expected}: what "

@@ -1,8 +1,9 @@
-"""CogVLM and CogVLM2: chat messages and a picture to model inputs, ids back to text.
+"""CogVLM and CogVLM2: chat messages and a picture (or a video) to model inputs, ids back to text.
 
 Source: THUDM/CogVLM and THUDM/CogVLM2 releases (build_conversation_input_ids, the demos). A sequence is
 `[bos] + image slots (boi, patches, eoi) + text`; the picture of a conversation always stands right after bos, in
-whatever turn it was sent. Nothing here runs the network, and a prompt that is longer than the context is refused in
+whatever turn it was sent; of a video each frame is such a run of slots, and with the template `chat` its index follows
+it as text. Nothing here runs the network, and a prompt that is longer than the context is refused in
 `lavish.inference`, not here.
 """
 
@@ -21,8 +22,9 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.common.errors import CheckpointError, ConfigError, PromptError, check_path, did_you_mean, shown
 from lavish.common.media import MediaLimits, image_digest, open_image
-from lavish.common.messages import ImagePart, Message, images, is_batch, normalize, turns
+from lavish.common.messages import ImagePart, Message, VideoPart, images, is_batch, normalize, turns
 from lavish.models.cogvlm.config import CogVLMConfig, CogVLMVisionConfig, read_config
+from lavish.models.cogvlm.video import frame_pixels, read_clip
 from lavish.processors.pixels import CLIP_MEAN, CLIP_STD, resize_two_pass, to_rgb
 from lavish.processors.pixels import normalize as normalize_pixels
 from lavish.processors.tokenizers import encode_plain, load_tokenizer
@@ -66,10 +68,11 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered conversation: pieces of (text, is an answer to learn), and the source of its picture, if any."""
+    """A rendered conversation: pieces of (text, is an answer to learn), and its picture or video, if any."""
 
     pieces: tuple[tuple[str, bool], ...]
-    image: Any
+    media: ImagePart | VideoPart | None = None
+    template: str = "base"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class CogVLMProcessor(ProcessorMixin):
         eos_token_id: int,
         pad_token_id: int,
         template_version: str = "chat",
+        max_frames: int | None = None,
     ):
         super().__init__(tokenizer)
         self.image_size = image_size
@@ -106,6 +110,7 @@ class CogVLMProcessor(ProcessorMixin):
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
         self.template_version = template_version
+        self.max_frames = max_frames
 
     @classmethod
     def from_config(cls, config: CogVLMConfig, tokenizer: PreTrainedTokenizerBase) -> CogVLMProcessor:
@@ -133,6 +138,7 @@ class CogVLMProcessor(ProcessorMixin):
             eos_token_id=_one_id("eos_token_id", eos[0] if isinstance(eos, list) and eos else eos),
             pad_token_id=_one_id("pad_token_id", config.pad_token_id),
             template_version=config.template_version,
+            max_frames=config.max_frames,
         )
 
     @classmethod
@@ -159,7 +165,8 @@ class CogVLMProcessor(ProcessorMixin):
         saved = read_optional_object(folder / "processor_config.json")
         fields = ("image_size", "num_image_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "template_version")
         if saved.get("processor_class") == cls.__name__ and all(field in saved for field in fields):
-            return cls(_tokenizer(tokenizer, folder, None), **{field: saved[field] for field in fields})
+            options = {field: saved[field] for field in fields} | {"max_frames": saved.get("max_frames")}
+            return cls(_tokenizer(tokenizer, folder, None), **options)
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{folder}: no config.json and no processor_config.json; give the folder of a CogVLM release."
@@ -206,7 +213,7 @@ class CogVLMProcessor(ProcessorMixin):
         prompts = []
         for index, conversation in enumerate(conversations):
             try:
-                checked = normalize(conversation)
+                checked = normalize(conversation, allow_videos=self.max_frames is not None)
                 prompts.append(self._render(checked, chat_template, add_generation_prompt, return_labels, compat))
             except PromptError as error:
                 if len(conversations) == 1:
@@ -215,12 +222,10 @@ class CogVLMProcessor(ProcessorMixin):
         if not tokenize:
             texts = ["".join(text for text, _ in prompt.pieces) for prompt in prompts]
             return texts if is_batch(messages) else texts[0]
-        rows = [self._encode(prompt) for prompt in prompts]
-        pictures = [
-            open_image(prompt.image, limits=limits or MediaLimits(), allow_paths=allow_paths, allow_urls=allow_urls)
-            for prompt in prompts
-            if prompt.image is not None
-        ]
+        opening = {"allow_paths": allow_paths, "allow_urls": allow_urls, "limits": limits}
+        opened = [self._open(prompt.media, prompt.template, **opening) for prompt in prompts]
+        rows = [self._encode(prompt, len(pictures)) for prompt, pictures in zip(prompts, opened, strict=True)]
+        pictures = [picture for pictures in opened for picture in pictures]
         batch = self._collate(
             rows, pictures, padding_side, return_labels, return_tensors, is_single=not is_batch(messages)
         )
@@ -256,8 +261,9 @@ class CogVLMProcessor(ProcessorMixin):
         )
         if len(sources) != len(texts):
             raise PromptError(f"{len(texts)} texts and {len(sources)} images: give one image, or None, for each text.")
-        rows = [self._encode(Prompt(((text, False),), source)) for text, source in zip(texts, sources, strict=True)]
-        pictures = [open_image(source) for source in sources if source is not None]
+        opened = [[] if source is None else [open_image(source)] for source in sources]
+        rows = [self._encode(Prompt(((text, False),)), len(one)) for text, one in zip(texts, opened, strict=True)]
+        pictures = [picture for one in opened for picture in one]
         return self._collate(rows, pictures, padding_side, False, return_tensors, is_single=is_single)
 
     def _render(
@@ -270,14 +276,14 @@ class CogVLMProcessor(ProcessorMixin):
     ) -> Prompt:
         name, template = self._template(chat_template)
         system, rounds = turns(messages)
-        image = _one_image(messages)
-        if template.text_only and image is not None:
+        media = _one_picture(messages)
+        if template.text_only and media is not None:
             raise PromptError(
                 f"The template {name!r} is for conversations without an image; use 'chat', 'vqa' or 'base'."
             )
         is_finished = rounds[-1].answer is not None
         _check_end(is_finished, add_generation_prompt, return_labels)
-        if not is_finished and image is None and not any(message.text().strip() for message in messages):
+        if not is_finished and media is None and not any(message.text().strip() for message in messages):
             raise PromptError("The prompt is empty: no text and no image.")
         questions = [turn.user.text() for turn in rounds]
         answers = [turn.answer.text() for turn in rounds if turn.answer is not None]
@@ -296,7 +302,7 @@ class CogVLMProcessor(ProcessorMixin):
             pieces = _last_turn(template, questions, answers, add_answer_prompt=add_generation_prompt or is_finished)
         else:
             pieces = _all_turns(template, questions, answers)
-        return Prompt(pieces, image)
+        return Prompt(pieces, media, name)
 
     def _template(self, chat_template: str | None) -> tuple[str, Template]:
         name = self.template_version if chat_template is None else chat_template
@@ -310,11 +316,14 @@ class CogVLMProcessor(ProcessorMixin):
 
     # Ids
 
-    def _encode(self, prompt: Prompt) -> Row:
-        num_slots = 0 if prompt.image is None else self.num_image_tokens
+    def _encode(self, prompt: Prompt, num_pictures: int) -> Row:
         # The slots hold the pad id; what marks them as image is their type, never their id.
-        input_ids = [self.bos_token_id] + [self.pad_token_id] * num_slots
-        token_type_ids = [TEXT_TYPE] + [VISION_TYPE] * num_slots
+        input_ids, token_type_ids = [self.bos_token_id], [TEXT_TYPE]
+        has_indices = self.max_frames is not None and prompt.template == "chat"
+        for index in range(num_pictures):
+            number = encode_plain(self.tokenizer, str(index)) if has_indices else []
+            input_ids += [self.pad_token_id] * self.num_image_tokens + number
+            token_type_ids += [VISION_TYPE] * self.num_image_tokens + [TEXT_TYPE] * len(number)
         labels = [IGNORE_INDEX] * len(input_ids)
         for text, is_answer in prompt.pieces:
             ids = encode_plain(self.tokenizer, text) + ([self.eos_token_id] if is_answer else [])
@@ -372,7 +381,27 @@ class CogVLMProcessor(ProcessorMixin):
         picture = open_image(image, limits=limits or MediaLimits(), allow_paths=allow_paths, allow_urls=allow_urls)
         return torch.from_numpy(self._pixels(picture))
 
+    def _open(
+        self,
+        media: ImagePart | VideoPart | None,
+        template: str,
+        *,
+        allow_paths: bool,
+        allow_urls: bool,
+        limits: MediaLimits | None,
+    ) -> list[Any]:
+        """Open what a conversation shows: no picture, one, or the frames of a video."""
+        if media is None:
+            return []
+        if isinstance(media, VideoPart):
+            is_base = template == "base"
+            return read_clip(media.source, self.max_frames or 0, is_base=is_base, allow_paths=allow_paths)
+        limits = limits or MediaLimits()
+        return [open_image(media.source, limits=limits, allow_paths=allow_paths, allow_urls=allow_urls)]
+
     def _pixels(self, picture: Any) -> np.ndarray:
+        if self.max_frames is not None:
+            return frame_pixels(picture, self.image_size)
         return normalize_pixels(
             resize_two_pass(to_rgb(picture), (self.image_size, self.image_size)), CLIP_MEAN, CLIP_STD
         )
@@ -384,23 +413,25 @@ class CogVLMProcessor(ProcessorMixin):
 
         Later calls with them read no file and no URL again.
         """
-        checked = normalize(messages)
-        _one_image(checked)
+        checked = normalize(messages, allow_videos=self.max_frames is not None)
+        _one_picture(checked)
+        opening = {"allow_paths": allow_paths, "allow_urls": allow_urls, "limits": limits}
 
         def opened(part: Any) -> Any:
-            if not isinstance(part, ImagePart):
+            if not isinstance(part, ImagePart | VideoPart):
                 return part
-            limit = limits or MediaLimits()
-            return ImagePart(open_image(part.source, limits=limit, allow_paths=allow_paths, allow_urls=allow_urls))
+            pictures = self._open(part, self.template_version, **opening)
+            return VideoPart(pictures) if isinstance(part, VideoPart) else ImagePart(pictures[0])
 
         return [Message(message.role, tuple(opened(part) for part in message.parts)) for message in checked]
 
     def image_digests(
         self, messages: Any, *, allow_paths: bool = True, allow_urls: bool = False, limits: MediaLimits | None = None
     ) -> list[str]:
-        """Give the content hash of each picture of one conversation (none or one), the key of a feature cache."""
+        """Give the content hash of each picture or frame of one conversation, the key of a feature cache."""
         opened = self.open_images(messages, allow_paths=allow_paths, allow_urls=allow_urls, limits=limits)
-        return [image_digest(picture) for _, picture in images(opened)]
+        frames = [frame for message in opened for video in message.videos() for frame in video]
+        return [image_digest(picture) for picture in [*(one for _, one in images(opened)), *frames]]
 
     # Text
 
@@ -499,10 +530,16 @@ def _all_turns(template: Template, questions: list[str], answers: list[str]) -> 
     return tuple(pieces)
 
 
-def _one_image(messages: list[Message]) -> Any:
-    found = list(images(messages))
+def _one_picture(messages: list[Message]) -> ImagePart | VideoPart | None:
+    parts = [(index, part) for index, message in enumerate(messages) for part in message.parts]
+    found = [(index, part) for index, part in parts if isinstance(part, ImagePart | VideoPart)]
+    where = ", ".join(str(index) for index, _ in found)
+    if len(found) > 1 and any(isinstance(part, VideoPart) for _, part in found):
+        raise PromptError(
+            f"The conversation holds {len(found)} videos and images (messages {where}); CogVLM2-Video takes one video, "
+            "or one image."
+        )
     if len(found) > 1:
-        where = ", ".join(str(index) for index, _ in found)
         raise PromptError(
             f"The conversation holds {len(found)} images (messages {where}); CogVLM takes one, which stands before the "
             "text for all turns. "

@@ -131,7 +131,7 @@ class ForwardPlan:
     is_prefill: bool = False
     is_unpadded: bool = False  # causality alone hides every padded key
     is_image_slot: torch.Tensor | None = None  # (batch, seq), bool
-    num_image_rows: int = 0
+    num_images: int = 0  # of CogVLM2-Video: frames
     has_new_image: bool = False
 
 
@@ -173,10 +173,12 @@ def prefill_plan(
     is_real, is_whole = mask != 0, token_type_ids.shape[1] == past + seq
     types = token_type_ids * (is_real if is_whole else is_real[:, past:])
     types_host, real_host = torch.stack((F.pad(types, (past + seq - types.shape[1], 0)), is_real.to(types.dtype))).cpu()
-    num_image_rows = _count_image_rows(types_host, config.num_image_tokens)
+    num_images = _count_images(types_host, config)
     has_new_image = bool(types_host[:, past:].any())
     if has_new_image and past and bool((types_host[:, past - 1] * types_host[:, past]).any()):
         raise PromptError(f"the cache ends inside an image, after {past} tokens. Crop it before the image or after it.")
+    if config.is_video and has_new_image and bool(types_host[:, :past].any()):
+        raise PromptError(f"the cache ends between the frames of a video, after {past} tokens. Crop it before them.")
     if is_whole:
         position_ids = position_ids_from(types, is_real)[:, past:]
     else:
@@ -185,12 +187,14 @@ def prefill_plan(
     types = types[:, -seq:]
     return ForwardPlan(
         position_ids,
-        ExpertRouting.from_token_type_ids(types) if has_new_image else ExpertRouting.text_only(),
+        ExpertRouting.from_token_type_ids(types)
+        if has_new_image and not config.is_video
+        else ExpertRouting.text_only(),
         rope_deltas=past + seq - 1 - position_ids[:, -1:],
         is_prefill=True,
         is_unpadded=is_mask_2d and _causality_hides_padding(real_host, past),
         is_image_slot=types == 1,
-        num_image_rows=num_image_rows,
+        num_images=num_images,
         has_new_image=has_new_image,
     )
 
@@ -210,9 +214,13 @@ def _causality_hides_padding(real_host: torch.Tensor, past: int) -> bool:
     return bool((real_host[:, 1:] <= real_host[:, :-1]).all())
 
 
-def _count_image_rows(types_host: torch.Tensor, num_image_tokens: int) -> int:
-    """Count the rows with an image; each may have one run of slots, of the length that the tower gives."""
-    is_image = types_host == 1
+def _count_images(types_host: torch.Tensor, config: CogVLMConfig) -> int:
+    """Count the images; a row may have one run of slots, of the length that the tower gives. Frames of a video may be
+    several in a row, with text between them or without.
+    """
+    is_image, num_image_tokens = types_host == 1, config.num_image_tokens
+    if config.is_video:
+        return _count_frames(is_image, config)
     runs = (is_image & ~F.pad(is_image[:, :-1], (1, 0), value=False)).sum(dim=1).tolist()
     slots = is_image.sum(dim=1).tolist()
     for row, (num_runs, num_slots) in enumerate(zip(runs, slots, strict=True)):
@@ -228,3 +236,17 @@ def _count_image_rows(types_host: torch.Tensor, num_image_tokens: int) -> int:
                 "of the same checkpoint."
             )
     return sum(1 for num_runs in runs if num_runs)
+
+
+def _count_frames(is_image: torch.Tensor, config: CogVLMConfig) -> int:
+    for row, slots in enumerate(is_image.sum(dim=1).tolist()):
+        frames, torn = divmod(slots, config.num_image_tokens)
+        if torn:
+            raise PromptError(
+                f"row {row} has {slots} image slots (token_type_ids 1); a frame of this model takes "
+                f"{config.num_image_tokens}: boi, {config.num_image_tokens - 2} patches, eoi. Make the inputs with the "
+                "processor of the same checkpoint."
+            )
+        if frames > (config.max_frames or 0):
+            raise PromptError(f"row {row} has {frames} frames; a video has {config.max_frames} at most (max_frames).")
+    return int(is_image.sum()) // config.num_image_tokens
