@@ -256,6 +256,7 @@ FAMILIES: tuple[Family, ...] = (
 _COGVLM = "CogVLM model licence (research; commercial use after registration)"
 _COGVLM2 = "CogVLM2 licence and Meta Llama 3 community licence"
 _QWEN = "Tongyi Qianwen licence (Qwen), BSD-3-Clause (the tower and Q-Former of LAVIS)"
+_QWEN = "Tongyi Qianwen licence (Qwen), BSD-3-Clause (the tower and Q-Former of LAVIS)"
 _VICUNA = "lmsys/vicuna-7b-v1.5"
 _V1_490, _V1_224, _V2 = 17_639_685_376, 17_637_948_928, 19_503_105_280
 _VIDEO, _VIDEO_BYTES = 12_507_530_496, 25_015_065_088
@@ -386,6 +387,28 @@ ZOO: tuple[ZooEntry, ...] = (
         27_812_641_856,
         1120,
         "conversations about one picture at 1120 px, in Chinese and English (MMBench EN 81.1, OCRBench 786)",
+        "chat",
+    ),
+    ZooEntry(
+        "minigpt4qwen-7b",
+        "minigpt4_qwen",
+        "github:Coobiw/MiniGPT4Qwen",
+        _QWEN,
+        8_815_588_864,
+        17_631_177_728,
+        224,
+        "conversations about images and videos (32 frames), in Chinese and English; comes in pieces",
+        "chat",
+    ),
+    ZooEntry(
+        "minigpt4qwen-14b",
+        "minigpt4_qwen",
+        "github:Coobiw/MPP-LLaVA",
+        _QWEN,
+        15_262_342_656,
+        30_524_685_312,
+        224,
+        "the same on Qwen-14B-Chat; comes in pieces",
         "chat",
     ),
     ZooEntry(
