@@ -215,3 +215,8 @@ def test_what_was_fetched_is_found_again_without_network(tmp_path: Path, endpoin
 def test_an_unreachable_hub(tmp_path: Path) -> None:
     (said,) = resolve(tmp_path, "org/safe", HF_ENDPOINT="http://127.0.0.1:9")
     assert said.startswith("CheckpointError org/safe: http://127.0.0.1:9 cannot be reached")
+
+
+def test_a_release_on_github_is_not_fetched() -> None:
+    with pytest.raises(ConfigError, match=r"'github:someone/model': comes in pieces that no hub holds"):
+        hub.resolve("github:someone/model")

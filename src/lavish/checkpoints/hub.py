@@ -15,6 +15,7 @@ from pathlib import Path
 from lavish.common.errors import CheckpointError, ConfigError, MissingDependency, shown
 
 MODELSCOPE = "modelscope:"
+GITHUB = "github:"
 DATA_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.yaml", "other_params.bin"]
 """Weights, configs, tokenizers, templates; the last is the projector of a CLIP + Qwen run, which has this form only."""
 PICKLE_FILES = ["pytorch_model*.bin", "adapter_model*.bin"]
@@ -68,6 +69,11 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
     if os.path.exists(name):
         return Path(name)
     repo_id, _, wanted = name.removeprefix(MODELSCOPE).partition("@")
+    if name.startswith(GITHUB):
+        raise ConfigError(
+            f"{name!r}: comes in pieces that no hub holds; lavish does not fetch them. The model's page in docs/ says "
+            "where they are; then give their folder."
+        )
     if isinstance(name_or_path, Path) or not is_id(name):
         raise ConfigError(
             f"{shown(name)}: no such file or folder, and not a hub id. Give the path of a model's folder, 'org/name' "
