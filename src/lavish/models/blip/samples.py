@@ -2,21 +2,19 @@
 
 A sample is a dict with `image` (batch, 3, size, size), as the processor `blip_image_eval` makes it, or pictures, and
 `text_input`. Source: salesforce/LAVIS, lavis/models/blip_models/{blip_caption,blip_vqa,blip_feature_extractor,
-blip_image_text_matching}.py and blip_outputs.py for the names of the results.
+blip_image_text_matching}.py.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
 
 from lavish.common.errors import ConfigError, DataError, PromptError, did_you_mean, shown
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
@@ -24,6 +22,7 @@ from lavish.models.blip.beam_search import Rules, generate
 from lavish.models.blip.config import ARCHITECTURES, TOP_LEVEL
 from lavish.models.blip.model import IGNORE_INDEX, answer_losses, caption_labels
 from lavish.models.blip.opening import Wanted, new_network, open_network, tell
+from lavish.models.blip.outputs import BlipIntermediateOutput, BlipOutput, BlipOutputFeatures
 from lavish.models.blip.processor import DECODE_TOKEN, ENCODE_TOKEN, BlipProcessor
 
 logger = logging.getLogger(__name__)
@@ -38,37 +37,6 @@ SECTION_KEYS = (
     *("prompt", "max_txt_len", "image_size", "embed_dim", "vit_drop_path_rate", "tokenizer"),
 )
 """What a `model` section may hold."""
-
-
-@dataclass
-class BlipIntermediateOutput(ModelOutput):
-    """What a loss was computed from."""
-
-    image_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    encoder_output: torch.Tensor | None = None
-    decoder_output: Any = None
-    decoder_labels: torch.Tensor | None = None
-
-
-@dataclass
-class BlipOutput(ModelOutput):
-    """A training step: `loss` is minimised; the others are its parts."""
-
-    loss: torch.Tensor | None = None
-    loss_lm: torch.Tensor | None = None
-    intermediate_output: BlipIntermediateOutput | None = None
-
-
-@dataclass
-class BlipOutputFeatures(ModelOutput):
-    """Features: (batch, patches + 1 or seq, hidden), those that end in `_proj` (..., embed_dim) of length 1."""
-
-    image_embeds: torch.Tensor | None = None
-    image_embeds_proj: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    text_embeds_proj: torch.Tensor | None = None
-    multimodal_embeds: torch.Tensor | None = None
 
 
 class BlipBase(BaseModel):
