@@ -16,7 +16,7 @@ MEANINGS = {
     "answer": "`vlm.answer(image, question)`; GPTDialogue takes features of a video for the image",
     "embed": "`vlm.embed(images=[...], texts=[...])`: vectors to compare",
     "int8, nf4": "`quantization=` of `lavish.load`",
-    "adapters": "LoRA folders: `adapter=`, `vlm.load_adapter(path, name)`, `vlm.set_adapter(name)`, `vlm.merge_adapter()`",
+    "adapters": "LoRA folders: `adapter=` of `lavish.load`, `vlm.load_adapter(path, name)`, `vlm.set_adapter(name)`",
     "pieces": "released in pieces; those that are elsewhere are keywords of `lavish.load`",
     "Auto classes": "after `lavish.register()`, `AutoModelForCausalLM.from_pretrained` and its like load its folders",
     "names": "known to `lavish zoo` by name",

@@ -43,6 +43,14 @@ def test_prefill_routing(run):
         assert line in printed
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21's old name
+def test_batch_speed(run):
+    printed = run("batch_speed", "--size", "tiny", "--rounds", "1", "--new-tokens", "2")
+    for name in ("cogvlm", "glm4v_9b", "clip_qwen", "minigpt4_qwen"):
+        assert f"{name} (" in printed
+    assert printed.count("goal >= 3 x") == 4
+
+
 def test_the_release_way_gives_the_release_logits(run):
     """The peer is no straw man: it gives what the golden fixture of the release gives."""
     release = importlib.import_module("_release_routing")
