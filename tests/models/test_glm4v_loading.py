@@ -248,7 +248,7 @@ def test_an_adapter_with_the_names_of_another_network(tmp_path):
 def test_a_wrong_tokenizer_file(tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path, dirs_exist_ok=True)
     shutil.copy(Path(FOLDER).parents[1] / "cogvlm/open/checkpoint/tokenizer.model", tmp_path)
-    with pytest.raises(LavishError, match=r"tokenizer\.model, line \d: expected 'base64 rank'"):
+    with pytest.raises(LavishError, match=r"tokenizer\.model is no rank file: .*another model's tokenizer"):
         lavish.load(tmp_path)
 
 

@@ -197,6 +197,11 @@ def rank_backend(
     prefix: Sequence[str] = (),
 ) -> Tokenizer:
     """Give what `load_rank_file` puts into a transformers tokenizer, which copies it: 1.5 s at 151,329 ranks."""
+    if not _is_tiktoken(path):
+        raise CheckpointError(
+            f"{path} is no rank file: expected 'base64 rank' in each of its lines. It is another model's tokenizer, or "
+            "damaged; fetch the file again, or name the folder that has it with tokenizer=..."
+        )
     ranks = _read_ranks(path)
     special = sorted(special_tokens, key=special_tokens.__getitem__)
     found = [special_tokens[token] for token in special]
