@@ -17,6 +17,8 @@ from clip_qwen_fixture import (
     LLM,
     PROMPTS,
     RELEASE,
+    TOWER,
+    TRAINED,
     expanded,
     load,
     messages,
@@ -41,7 +43,7 @@ from lavish.inference.vlm import VLM
 from lavish.models import family_of
 from lavish.models.clip_qwen.config import ClipQwenConfig, read_config
 from lavish.models.clip_qwen.model import ClipQwenForConditionalGeneration, freeze
-from lavish.models.clip_qwen.weights import RULES, native_adapter, tie_shared_lora
+from lavish.models.clip_qwen.weights import RULES, native_adapter, save_trained, tie_shared_lora
 from lavish.nn.qwen import read_qwen_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -232,6 +234,12 @@ def test_what_is_trainable_is_said(caplog: pytest.LogCaptureFixture) -> None:
         names = freeze(load("base").model)
     assert names == ["projector.0.weight", "projector.0.bias", "projector.2.weight", "projector.2.bias"]
     assert "trainable: 4 parameters in projector.0.weight" in caplog.text
+    resumed = load().model
+    assert tie_shared_lora(resumed) == 4
+    names = freeze(resumed)
+    modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in names if "lora_" in name}
+    assert modules == {"q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"}
+    assert len(names) == 4 + 2 * (2 * 5 - 2)
 
 
 def test_a_half_precision_network_trains_in_float32() -> None:
@@ -339,6 +347,32 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
     inputs = again.processor.apply_chat_template(messages("cap_zh"))
     with torch.no_grad():
         tolerance.qwen_logits(auto(**inputs).logits, merged.model(**inputs).logits)
+
+
+def test_what_was_trained_is_saved_as_the_release_saves_it(tmp_path: Path) -> None:
+    save_trained(shared().model, tmp_path / "checkpoint-1")
+    for name in ("adapter_model.bin", "other_params.bin"):
+        found = torch.load(tmp_path / "checkpoint-1" / name, weights_only=True)
+        wanted = torch.load(TRAINED / name, weights_only=True)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[key]) for key, value in found.items())
+    fields = json.loads((tmp_path / "checkpoint-1/adapter_config.json").read_text())
+    assert (fields["r"], fields["lora_alpha"], fields["target_modules"]) == (4, 32, ["c_attn", "w1", "w2"])
+    again = lavish.load(tmp_path / "checkpoint-1", llm=LLM, vision_tower=TOWER)
+    inputs = processor().apply_chat_template(messages("cap_zh"))
+    with torch.no_grad():
+        tolerance.qwen_logits(again.model(**inputs).logits[0], tensors()["lora_logits_cap_zh"])
+    save_trained(network(), tmp_path / "checkpoint-2")
+    assert [path.name for path in (tmp_path / "checkpoint-2").iterdir()] == ["other_params.bin"]
+
+
+def test_a_lora_that_the_release_cannot_say(tmp_path: Path) -> None:
+    vlm = load()
+    with torch.no_grad():
+        vlm.model.get_base_model().language_model.layers[1].self_attn.k_proj.lora_A["default"].weight += 1
+    with pytest.raises(ConfigError, match=r"layer 1: self_attn\.q_proj, .* have not one lora_A"):
+        save_trained(vlm.model, tmp_path / "checkpoint-1")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_that_lavish_saved(tmp_path: Path) -> None:

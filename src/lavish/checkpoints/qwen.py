@@ -91,3 +91,38 @@ def native_lora(
     pattern = rf"{re.escape(target)}layers\.\d+\.({'|'.join(re.escape(module) for module in sorted(modules))})"
     # Its base is a path of the machine that trained it, which peft would look up on the hub when it saves.
     return {**fields, "target_modules": pattern, "base_model_name_or_path": None}, made
+
+
+def released_lora(
+    fields: Mapping[str, Any], tensors: Mapping[str, Any], target: str = "language_model."
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give a LoRA on our modules as one on the released ones: the way back of `native_lora`.
+
+    Raises:
+        ConfigError: q, k and v of a layer have not one lora_A, or one of them has no LoRA: no LoRA on c_attn says that.
+    """
+    made: dict[str, Any] = {}
+    targets: set[str] = set()
+    numbers = (re.search(rf"{re.escape(target)}layers\.(\d+)\.", name) for name in tensors)
+    for layer in sorted({int(found[1]) for found in numbers if found}):
+        for released, ours in LORA_TARGETS.items():
+            names = [f"{_PEFT}{target}layers.{layer}.{module}.lora_{{}}.weight" for module in ours]
+            downs, ups = ([tensors.get(name.format(letter)) for name in names] for letter in "AB")
+            if all(value is None for value in downs):
+                continue
+            if any(value is None for value in (*downs, *ups)) or not all((value == downs[0]).all() for value in downs):
+                raise ConfigError(
+                    f"layer {layer}: {', '.join(ours)} have not one lora_A, as a LoRA on {released} has. Train with "
+                    "tie_shared_lora, or save the adapter as PEFT does."
+                )
+            place = f"{_PEFT}transformer.h.{layer}.{released}"
+            made[f"{place}.lora_A.weight"] = downs[0]
+            made[f"{place}.lora_B.weight"] = ups[0] if len(ups) == 1 else _stacked(ups)
+            targets.add(released.removeprefix("attn.").removeprefix("mlp."))
+    return {**fields, "target_modules": sorted(targets)}, made
+
+
+def _stacked(parts: list[Any]) -> Any:
+    import torch  # only what writes needs it
+
+    return torch.cat(parts)

@@ -6,16 +6,18 @@ pickle of a class of the training program: it is never opened.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 
 from lavish.checkpoints import hf
 from lavish.checkpoints.json_file import read_object, read_optional_object
-from lavish.checkpoints.qwen import native_lora, qwen_rules
+from lavish.checkpoints.qwen import native_lora, qwen_rules, released_lora
 from lavish.checkpoints.release import Release, find_piece, merged
 from lavish.checkpoints.rules import Drop, Rename, Rule
 from lavish.checkpoints.tensor_map import TensorMap
@@ -61,8 +63,6 @@ def complete(network: nn.Module, absent: Iterable[str] = ()) -> None:
     Raises:
         CheckpointError: a name that cannot be computed.
     """
-    import torch
-
     for name in absent:
         if not name.endswith("embeddings.position_ids"):
             raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
@@ -127,6 +127,35 @@ def tie_shared_lora(network: nn.Module) -> int:
                     other.lora_A[adapter].weight = first.lora_A[adapter].weight  # pyright: ignore
                     tied += 1
     return tied
+
+
+def save_trained(model: Any, folder: str | Path) -> None:
+    """Write what was trained as the release's training leaves it: `other_params.bin`, and the active LoRA if there is
+    one. `lavish.load(folder, llm=..., vision_tower=...)` reads it again, and so does the release's code.
+
+    Raises:
+        ConfigError: a LoRA that the release's names cannot say: q, k and v with a lora_A of their own.
+    """
+    folder = Path(folder)
+    has_lora = hasattr(model, "peft_config")  # a PeftModel has it
+    projector = (model.get_base_model() if has_lora else model).projector.state_dict()
+    fields: dict[str, Any] = {}
+    lora: dict[str, Any] = {}
+    if has_lora:
+        name = model.active_adapter
+        ending = f".{name}.weight"
+        found = {
+            key.removesuffix(ending) + ".weight": value.detach().cpu()
+            for key, value in model.named_parameters(remove_duplicate=False)
+            if key.endswith(ending)
+        }
+        fields, lora = released_lora(model.peft_config[name].to_dict(), found)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({key: value.detach().cpu().clone() for key, value in projector.items()}, folder / PROJECTOR_FILE)
+    if has_lora:
+        torch.save({key: value.clone() for key, value in lora.items()}, folder / "adapter_model.bin")
+        text = json.dumps(fields, default=sorted, indent=2)  # the only values that JSON lacks are sets
+        (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def _trained(path: Path) -> Path:
