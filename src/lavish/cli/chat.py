@@ -20,6 +20,9 @@ def command(
     image: Annotated[
         str | None, typer.Option("--image", "-i", metavar="FILE", help="Image, path or URL; without it you are asked.")
     ] = None,
+    video: Annotated[
+        str | None, typer.Option("--video", metavar="FILE", help="A video, for models that see one; needs PyAV.")
+    ] = None,
     template: options.Template = None,
     no_prompt: Annotated[
         bool, typer.Option("--no-prompt", help="Ask the empty question about each new image (captions of base models).")
@@ -80,7 +83,7 @@ def command(
         "seed": seed,
         "grounding": grounding,
     }
-    from lavish.cli.dialogue import COMMANDS, Dialogue, check_template
+    from lavish.cli.dialogue import COMMANDS, Dialogue, check_template, video_path
     from lavish.cli.loading import describe, load_model
     from lavish.cli.screen import Pipes, Terminal
     from lavish.cli.terminal import working
@@ -91,6 +94,9 @@ def command(
         parse_options(generation)  # what is wrong is said before minutes of loading
         if template is not None:
             check_template(template)
+        if image is not None and video is not None:
+            raise ConfigError("--image and --video contradict each other; a conversation is about one of them.")
+        clip = None if video is None else video_path(video)
     vlm = load_model(
         name,
         dtype=dtype,
@@ -121,7 +127,7 @@ def command(
         name=(name or "pocket").rstrip("/").rpartition("/")[2],
         asks_nothing_first=no_prompt,
     )
-    return dialogue.run(image)
+    return dialogue.run(image, clip)
 
 
 def _language(language: str | None, *, chinese: bool, english: bool) -> str | None:

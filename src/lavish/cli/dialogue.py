@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from lavish.cli.screen import Screen
 from lavish.cli.terminal import human_seconds
 from lavish.cli.wording import Wording
-from lavish.common.errors import LavishError, PromptError, did_you_mean
+from lavish.common.errors import LavishError, MediaError, PromptError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,20 +76,29 @@ class Dialogue:
         self.messages: list[dict[str, Any]] = []
         self.image: Image | None = None
         self.image_name = ""
+        self.video: str | None = None
         self.template = template
         self._wants_image = False
         self._image_failed = False
         self._num_interrupts = 0
         self._status = 0
 
-    def run(self, image: str | None = None) -> int:
+    def run(self, image: str | None = None, video: str | None = None) -> int:
         """Talk until the person leaves, and give the exit status: 1 if a question of a pipe failed.
+
+        The first conversation is about `image`, or about the file `video`.
 
         Raises:
             LavishError: `image` cannot be opened, and nobody is there to name another.
         """
         try:
-            self._wants_image = image is None
+            self._wants_image = image is None and video is None
+            if video is not None:
+                self._set_image(None, "")
+                self.video = video
+                self.screen.note(self.words.video_set.format(name=Path(video).name))
+                if self.asks_nothing_first:
+                    self.ask("")
             if image is not None and not self._open(image):
                 if not self.screen.is_interactive:
                     return 2
@@ -253,7 +262,7 @@ class Dialogue:
 
     def _set_image(self, image: Image | None, name: str) -> None:
         """Begin a conversation about an image, or about none."""
-        self.image, self.image_name, self.messages = image, name, []
+        self.image, self.image_name, self.messages, self.video = image, name, [], None
         self._wants_image = self._image_failed = False
 
     # --- questions --------------------------------------------------------------------------------------------------
@@ -265,6 +274,8 @@ class Dialogue:
         content: Any = question
         if not self.messages and self.image is not None:
             content = [{"type": "image", "image": self.image}, {"type": "text", "text": question}]
+        if not self.messages and self.video is not None:
+            content = [{"type": "video", "video": self.video}, {"type": "text", "text": question}]
         messages = [*self.messages, {"role": "user", "content": content}]
         self.screen.begin(self.words.answer.format(name=self.name), self.words.thinking)
         started_s, problem, stream = time.monotonic(), "", None
@@ -331,6 +342,8 @@ class Dialogue:
         lines = [f"# {self.vlm.name}\n"]
         if self.image is not None:
             lines.append(f"![{self.image_name}](<{self.image_name}>)\n")
+        if self.video is not None:
+            lines.append(f"[{self.video}](<{self.video}>)\n")
         for message in self.messages:
             content = message["content"]
             text = content if isinstance(content, str) else content[-1]["text"]
@@ -373,6 +386,20 @@ def plain_path(typed: str) -> str:
     if text.lower().startswith("file://"):
         text = unquote(urlsplit(text).path)
     return text if is_url(text) or text.startswith("data:") else os.path.expanduser(text)
+
+
+def video_path(typed: str) -> str:
+    """Give the path of a video that a person named.
+
+    Raises:
+        MediaError: there is no such file.
+    """
+    path = plain_path(typed)
+    if is_url(path) or not _is_file(path):
+        raise MediaError(
+            f"The video {path!r} is no file (looked from {os.getcwd()!r}). URLs of videos are not fetched."
+        )
+    return path
 
 
 def looks_like_image(line: str) -> bool:

@@ -34,6 +34,9 @@ def command(
     images: Annotated[
         list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="One image: path or URL.")
     ] = None,
+    video: Annotated[
+        str | None, typer.Option("--video", metavar="FILE", help="One video, for models that see one; needs PyAV.")
+    ] = None,
     question: Annotated[
         str | None,
         typer.Option(
@@ -90,7 +93,9 @@ def command(
     _check_model(model)
     if many is not None and image is not None:
         raise ConfigError("--image is one image and --input are many; give one of them.")
-    if many is None and image is None and question is None:
+    if video is not None and (many is not None or image is not None):
+        raise ConfigError("--video is one video; give it without --image and --input.")
+    if many is None and image is None and video is None and question is None:
         raise ConfigError("Nothing to ask: give --image and --question, or --input. See lavish predict --help.")
     if many is None and (output or retry_failed or overwrite):
         raise ConfigError("--output, --retry-failed and --overwrite belong to --input; one answer is printed.")
@@ -120,7 +125,7 @@ def command(
     more = {"adapter": adapter, "base": base, "pieces": piece, "config": config}
     loading |= {name: value for name, value in more.items() if value is not None}
     if questions is None:
-        _ask_one(model, image, question or "", generation, {**loading, "device": device})
+        _ask_one(model, image, video, question or "", generation, {**loading, "device": device})
         return 0
     answers = Answers(None if output is None or str(output) == "-" else output)
     settings = {"model": model or "pocket", **generation, **loading}
@@ -175,27 +180,38 @@ def _check_model(model: str | None) -> None:
 
 
 def _ask_one(
-    model: str | None, image: str | None, question: str, generation: dict[str, Any], loading: dict[str, Any]
+    model: str | None,
+    image: str | None,
+    video: str | None,
+    question: str,
+    generation: dict[str, Any],
+    loading: dict[str, Any],
 ) -> None:
-    from lavish.cli.dialogue import plain_path
+    from lavish.cli.dialogue import plain_path, video_path
     from lavish.cli.loading import load_model
     from lavish.common.media import open_image
 
     # Before the model: a wrong path is found at once. The user typed it, so it may be a URL.
     picture = None if image is None else open_image(plain_path(image), allow_urls=True)
+    clip = None if video is None else video_path(video)
     vlm = load_model(model, **loading)
-    text = ask_alone(vlm, picture, question, generation)
+    text = ask_alone(vlm, picture, question, generation, video=clip)
     print(CONTROL.sub("", text) if sys.stdout.isatty() else text)
 
 
-def ask_alone(vlm: VLM, image: Any, question: str, generation: dict[str, Any]) -> str:
+def ask_alone(vlm: VLM, image: Any, question: str, generation: dict[str, Any], *, video: str | None = None) -> str:
     """Ask one question; a model that holds no conversation answers it, or captions where there is no question.
 
     Raises:
         ConfigError: a model that does neither, or an option of conversations for one that holds none.
     """
     if "chat" in vlm.capabilities:
-        return vlm.chat(_messages(image, question), **generation).text
+        messages = _messages(image, question)
+        if video is not None:
+            messages[0]["content"].insert(0, {"type": "video", "video": video})
+        return vlm.chat(messages, **generation).text
+    if video is not None:
+        raise ConfigError(f"{vlm.name} holds no conversation and sees no videos.")
     if given := [name for name, value in generation.items() if value is not None]:
         raise ConfigError(f"{vlm.name} holds no conversation and takes no {given[0]}.")
     if image is None:

@@ -21,6 +21,7 @@ class Wording:
     answer: str
     thinking: str
     image_set: str
+    video_set: str
     image_none: str
     image_keeps: str
     new_image: str
@@ -54,6 +55,7 @@ EN = Wording(
     answer="{name}: ",
     thinking="reading ...",
     image_set="image {name}, {width} x {height}",
+    video_set="video {name}",
     image_none="text only, no image",
     image_keeps="The image stays as it was.",
     new_image="A model of this kind takes one image a conversation: a new conversation begins.",
@@ -95,6 +97,7 @@ ZH = Wording(
     answer="{name}：",
     thinking="正在阅读 ...",
     image_set="图片 {name}，{width} x {height}",
+    video_set="视频 {name}",
     image_none="纯文字对话，没有图片",
     image_keeps="图片不变。",
     new_image="此类模型每段对话只能看一张图片：开始新的对话。",
