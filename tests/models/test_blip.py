@@ -302,6 +302,26 @@ def test_another_checkpoint_of_the_same_model(tmp_path: Path) -> None:
     assert loaded.network.config.text_config.num_attention_heads == 4
 
 
+def test_what_a_run_of_lavish_saves(tmp_path: Path) -> None:
+    """The state of the whole registered model, `network.` before every name, with the optimizer beside it."""
+    source = model("blip_vqa")
+    torch.save({"model": source.state_dict(), "optimizer": {"state": {}}, "epoch": 2}, tmp_path / "checkpoint_2.pth")
+    loaded = load("blip_vqa")
+    with torch.no_grad():
+        loaded.network.text_encoder.embeddings.word_embeddings.weight.zero_()
+    loaded.load_checkpoint(tmp_path / "checkpoint_2.pth")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_in_bfloat16(name: str) -> None:
+    half = open_model(checkpoint(name), config=CONFIG, dtype=torch.bfloat16)
+    states = half.image_states(samples(name))
+    assert states.dtype == torch.bfloat16
+    assert (states.float() - model(name).image_states(samples(name))).abs().max() < 0.2
+    assert len(answers_of(half, name)) == 2
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_unusual_sizes(name: str, tmp_path: Path) -> None:
     """Odd head counts, three layers, another width of text and picture: drawn, written as LAVIS, read again."""
@@ -474,6 +494,22 @@ def test_through_lavish_load(tmp_path: Path) -> None:
     wanted, answers = facts("blip_vqa")["predict_answers"]["rank"]["answers"], prompts("blip_vqa")["answer_list"]
     for picture, question, answer in zip(pictures("blip_vqa"), samples("blip_vqa")["text_input"], wanted, strict=True):
         assert vlm.answer(picture, question, answer_list=answers) == answer
+
+
+def test_a_file_without_the_matching_head(tmp_path: Path) -> None:
+    name = "blip_feature_extractor"
+
+    def headless(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in tensors.items() if not key.startswith("itm_head")}
+
+    file = lavis_file(model(name), tmp_path / "run", headless)
+    heads = {section: {"num_attention_heads": 4} for section in ("vision_config", "text_config")}
+    loaded = open_model(file, config=heads, tokenizer=tokenizer(name))
+    loaded.save_pretrained(tmp_path / "saved")
+    for extractor in (loaded, open_model(tmp_path / "saved")):
+        near(extractor.similarity(samples(name)), expected(name)["similarity"])
+        with pytest.raises(ConfigError, match="have no itm_head"):
+            extractor.match(samples(name))
 
 
 # Bad input

@@ -3,7 +3,7 @@
 Source: salesforce/LAVIS, lavis/processors/{blip_processors,clip_processors}.py; base_instruction and base_text are of
 Coobiw/MPP-LLaVA. Evaluation pixels equal those of LAVIS bit for bit, whatever Pillow is installed
 (`processors/pixels.py`). The training processors follow LAVIS's description; their random draws come from torch's
-generator, and are not those that torchvision makes of the same seed.
+generator, and no seed is promised to give the numbers that it gives in LAVIS.
 """
 
 from __future__ import annotations

@@ -37,6 +37,8 @@ from lavish.models.blip.weights import architecture_of, complete, rules_for, sto
 logger = logging.getLogger(__name__)
 
 CONFIG, MED_CONFIG = "config.json", "med_config.json"
+PREFIX = "network."
+"""Before the names in the `state_dict` of a registered model."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def open_network(path: str | Path, wanted: Wanted) -> tuple[Any, BlipProcessor]:
         tokenizer = load_tokenizer(path if wanted.tokenizer is None else wanted.tokenizer)
         processor = BlipProcessor.from_folder(config, path, tokenizer, wanted.base_texts, wanted.given_texts)
     else:
-        tensors = hf.read(path) if path.suffix == ".safetensors" else lavis.read(path)
+        tensors = _read_file(path)
         architecture = wanted.architecture or architecture_of(tensors, str(path))
         tokenizer = _tokenizer(tensors.path.parent, wanted.tokenizer)
         config = _config_of_file(tensors, architecture, tokenizer, wanted)
@@ -93,7 +95,7 @@ def tell(path: str | Path) -> tuple[str, int]:
         config = read_config(read_object(path / CONFIG), str(path / CONFIG))
         architecture = config.architectures[0]
     else:
-        tensors = hf.read(path) if path.suffix == ".safetensors" else lavis.read(path)
+        tensors = _read_file(path)
         architecture = architecture_of(tensors, str(path))
     sizes = stored_sizes(tensors, rules_for(architecture, tensors))
     return architecture, sizes["vision_config"].get("hidden_size", 0)
@@ -111,6 +113,14 @@ def new_network(architecture: str, wanted: Wanted) -> tuple[Any, BlipProcessor]:
 def _is_transformers(path: Path) -> bool:
     """Whether a folder's config.json is of its weights; beside a `.pth` file it only adds fields."""
     return (path / CONFIG).is_file() and not any(path.glob(f"*{lavis.SUFFIX}"))
+
+
+def _read_file(path: Path) -> TensorMap:
+    """Read a single file, LAVIS's or what a run of lavish saved of a whole registered model: `network.` goes."""
+    tensors = hf.read(path) if path.suffix == ".safetensors" else lavis.read(path)
+    if all(name.startswith(PREFIX) for name in tensors):
+        return TensorMap(tensors.path, {name.removeprefix(PREFIX): info for name, info in tensors.infos.items()})
+    return tensors
 
 
 def _checked(found: str, asked: str | None, path: Path) -> str:
