@@ -69,3 +69,28 @@ def test_a_model_that_captions(monkeypatch, heads: str, capsys: pytest.CaptureFi
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     assert main(["chat", *model]) == 2
     assert "holds no conversation: it can caption" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (FIXTURES / "glm4v/open/checkpoint", []),
+        (FIXTURES / "clip_qwen/open/checkpoint", []),
+        (
+            MINIGPT4,
+            ["--piece", f"llm={FIXTURES / 'qwen/llm'}", "--set", "vision_config.num_attention_heads=4"],
+        ),
+    ],
+)
+def test_inspect_finds_every_tensor(model: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model), *options, "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["is_complete"]
+    assert not seen["missing"]
+    assert main(["inspect", str(model), *options]) == 0
+    assert "complete: every tensor" in capsys.readouterr().out
+
+
+def test_zoo_names_models_of_several_families(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo", "--json"]) == 0
+    assert {"cogvlm", "glm4v_9b"} <= {row["family"] for row in json.loads(capsys.readouterr().out)}

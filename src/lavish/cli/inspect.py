@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lavish.cli import options
 from lavish.cli.terminal import console, human_bytes, human_count, plain, say
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def command(
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the config, such as num_hidden_layers=2."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    piece: options.Pieces = None,
 ) -> int:
     """Show what a model is: family, sizes, parts, dtypes, the memory it needs, tensors that are missing or too many.
 
@@ -42,8 +44,9 @@ def command(
         _print_tree(path, overrides, as_json)
         return 0
     from lavish.cli.inspection import look
+    from lavish.cli.loading import read_pieces
 
-    seen = look(path, overrides)
+    seen = look(path, overrides, read_pieces(piece))
     if as_json:
         import json
 
@@ -74,14 +77,16 @@ def _print(seen: Inspection) -> None:
     shown = console()
     shown.print(_heading(seen))
     shown.print()
-    shown.print(_config_table(seen))
-    shown.print()
+    if seen.sizes is not None:
+        shown.print(_config_table(seen))
+        shown.print()
     shown.print(_parts_table(seen))
     shown.print()
     shown.print(_memory_table(seen))
     from lavish.cli.inspection import FORMULA
 
-    shown.print(FORMULA, style="dim", markup=False)
+    if seen.sizes is not None:
+        shown.print(FORMULA, style="dim", markup=False)
     for note in seen.notes:
         shown.print(f"\n{plain(note)}", style="yellow", markup=False)
     if seen.has_weights:

@@ -62,6 +62,7 @@ class Inspection:
     """None: only the config is known, and no file was looked at."""
     config: dict[str, Any]
     sizes: Any
+    """None for a family without a manifest."""
     parts: list[Part]
     dtypes: dict[str, int]
     """Bytes by dtype."""
@@ -97,7 +98,7 @@ class Inspection:
             **{name: getattr(self, name) for name in names},
             "num_parameters": self.num_parameters,
             "num_bytes": self.num_bytes,
-            "num_image_tokens": self.sizes.num_image_tokens,
+            **({} if self.sizes is None else {"num_image_tokens": self.sizes.num_image_tokens}),
             "parts": [vars(part) for part in self.parts],
             "memory": [{"what": row.what, "total": row.total, **row.terms} for row in self.memory],
             "has_weights": self.has_weights,
@@ -108,15 +109,28 @@ class Inspection:
         }
 
 
-def look(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Inspection:
+def look(
+    name_or_path: str, overrides: Mapping[str, Any] | None = None, pieces: Mapping[str, str] | None = None
+) -> Inspection:
     """Inspect a folder, or the layout of a model of the zoo (its folder in the hub's cache, where it is there).
+
+    Families without a manifest, and releases in `pieces`, take torch: their network is built without memory.
 
     Raises:
         ConfigError: no such folder or name, or a config without its sizes.
         UnknownLayout, CheckpointError: a folder that is no checkpoint, or a damaged file.
     """
+    path = Path(os.path.expanduser(name_or_path))
+    if path.exists() and table.detect_composite(path, pieces or ()) is not None:
+        return _by_network("look_at_folder", path, overrides or {}, pieces or {})
     fields, where, folder = find(name_or_path)
     family = table.family(fields["family"]) if "family" in fields else table.detect_family(fields, where)
+    if family.opener is not None:
+        raise ConfigError(f"{name_or_path}: lavish inspect looks at chat networks, and this is a {family.name!r}.")
+    if not family.has_manifest and folder is None:
+        return _by_network("look_at_layout", name_or_path, overrides or {})
+    if not family.has_manifest:
+        return _by_network("look_at_folder", folder, overrides or {}, pieces or {})
     manifest = import_module(f"{family.package}.manifest")
     sizes = manifest.read_sizes(fields, where, overrides)
     expected = {tensor.name: tensor for tensor in _saved(manifest.tensors(sizes), fields)}
@@ -149,6 +163,10 @@ def look(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Inspe
         memory=_memory(sizes, list(expected.values())),
         notes=[*_notes(folder, stored, overrides), *([problem] if problem else [])],
     )
+
+
+def _by_network(function: str, *arguments: Any) -> Inspection:
+    return getattr(import_module("lavish.cli.network_inspection"), function)(*arguments)
 
 
 def find(name_or_path: str) -> tuple[dict[str, Any], str, Path | None]:

@@ -109,7 +109,7 @@ def load(
             path_or_hub_id, folder, sample_family, dtype, target, config, tokenizer, {**refused, "pack": pack is True}
         )
     overrides = _overrides(config, rope)
-    release = _open(folder, overrides, pieces)
+    release = open_release(folder, overrides, pieces)
     if adapter is None and release.release is not None:
         adapter = release.release.adapter
     weight_dtype = resolve_dtype(dtype, _stored_dtype(release.tensors), target)
@@ -217,7 +217,7 @@ def _folders(
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
     """A release before its weights are read."""
 
     path: Path
@@ -249,7 +249,11 @@ class _Opened:
         return is_saved_int8(self.config_dict)
 
 
-def _open(path: Path, overrides: dict[str, Any], pieces: Mapping[str, str | Path]) -> _Opened:
+def open_release(path: Path, overrides: dict[str, Any], pieces: Mapping[str, str | Path]) -> Opened:
+    """Find out what a folder or file is, and read its config and the headers of its weights.
+
+    Raises: as `load`, before the first weight is read.
+    """
     family = find_composite(path, pieces)
     if family is None:
         return _open_folder(path, overrides, pieces)
@@ -257,7 +261,7 @@ def _open(path: Path, overrides: dict[str, Any], pieces: Mapping[str, str | Path
     release = family.open_release(path, {name: hub.resolve(value) for name, value in pieces.items()})
     config = family.read_config(release.fields, str(path), **overrides)
     sampling_defaults = read_sampling_defaults(release.generation_config, f"{path}: generation_config.json")
-    return _Opened(
+    return Opened(
         path=path,
         config_dict=release.fields,
         family=family,
@@ -304,7 +308,7 @@ def _sample_family(path: Path, pieces: Iterable[str]) -> table.Family | None:
     return family if family is not None and family.opener is not None else None
 
 
-def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Iterable[str]) -> _Opened:
+def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Iterable[str]) -> Opened:
     config_dict = read_config_json(folder)
     family = table.detect_family(config_dict, str(folder / "config.json"))
     _check_pieces(pieces, family, is_whole=True)
@@ -314,7 +318,7 @@ def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Iterable[str])
     sampling_defaults = read_sampling_defaults(generation_config, str(answering))
     tensors = hf.read(folder)
     family.check_version(config, tensors, str(folder))
-    return _Opened(folder, config_dict, family, config, tensors, generation_config, sampling_defaults)
+    return Opened(folder, config_dict, family, config, tensors, generation_config, sampling_defaults)
 
 
 def _check_pieces(pieces: Iterable[str], family: table.Family, *, is_whole: bool = False) -> None:
@@ -355,7 +359,7 @@ def _stored_dtype(tensors: TensorMap) -> torch.dtype:
 
 
 def _load_network(
-    release: _Opened,
+    release: Opened,
     dtype: torch.dtype,
     device: torch.device,
     quantization: str | None,
@@ -406,7 +410,7 @@ def _load_samples(
 
 
 def _talking(
-    path: str | Path | None, release: _Opened, network: Any, processor: Any, new_seed: Callable[[], int] | None
+    path: str | Path | None, release: Opened, network: Any, processor: Any, new_seed: Callable[[], int] | None
 ) -> VLM:
     """Put the parts together, with what the folder says about answering."""
     return VLM(
