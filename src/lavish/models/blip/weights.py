@@ -141,12 +141,12 @@ def complete(network: Any, absent: Iterable[str] = ()) -> None:
         CheckpointError: a tensor that cannot be computed.
     """
     for name in absent:
-        owner, _, leaf = name.rpartition(".")
-        module = network.get_submodule(owner)
-        if leaf == "position_ids":
-            size = module.position_embeddings.num_embeddings
-            module.position_ids = torch.arange(size, device=module.word_embeddings.weight.device).expand((1, -1))
-        elif name in HEAD:
+        if name in HEAD:
             network.itm_head = None
-        else:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        if leaf != "position_ids":
             raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
+        module = network.get_submodule(owner)
+        size = module.position_embeddings.num_embeddings
+        module.position_ids = torch.arange(size, device=module.word_embeddings.weight.device).expand((1, -1))
