@@ -54,7 +54,7 @@ TENSOR_PARALLEL_PLAN = MappingProxyType(
         "lm_head": "colwise_gather_output",
     }
 )
-"""What several processes share. Whole in each of them: embedding table, norms, tower and projector, 14 % of the 7B."""
+"""What several processes share. Whole in each of them: embedding table, norms, tower and projector, 12 % of the 7B."""
 
 
 def complete(network: nn.Module, absent: Iterable[str] = ()) -> None:
