@@ -232,7 +232,7 @@ class QwenAttention(nn.Module):
 
 
 class QwenDecoder(nn.Module):
-    """Embedding table, layers and final norm. `config._attn_implementation` "eager" is honoured; else torch's sdpa runs."""
+    """Embedding table, layers and final norm. Attention is torch's, unless the config asks for "eager"."""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
