@@ -1,6 +1,7 @@
 """BLIP against LAVIS's own output, stage by stage; real sizes by their manifests; saving, loading, batches, sizes."""
 
 import gzip
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -360,6 +361,35 @@ def test_unusual_sizes(name: str, tmp_path: Path) -> None:
         )
     else:
         assert torch.equal(loaded.similarity(given), drawn.similarity(given))
+
+
+def test_the_release_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a checkpoint the URL of the YAML counts: finetuned, else pretrained; the cache comes first."""
+    monkeypatch.setenv("LAVISH_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"BLIP/blip_coco_caption_base\.pth: HF_HUB_OFFLINE is set"):
+        load_model("blip_caption", "base_coco")
+    with pytest.raises(CheckpointError, match=r"BLIP/models/model_base_capfilt_large\.pth: HF_HUB_OFFLINE is set"):
+        load_model("blip_caption", "base_coco", load_finetuned=False)
+    with pytest.raises(CheckpointError, match=r"BLIP/models/model_base_capfilt_large\.pth: HF_HUB_OFFLINE is set"):
+        load_model("blip_feature_extractor", "base")
+    url = model_section(MODELS["BlipForConditionalGeneration"].default_config_path("base_coco"))["finetuned"]
+    place = tmp_path / hashlib.sha256(url.encode()).hexdigest()[:16] / "blip_coco_caption_base.pth"
+    place.parent.mkdir()
+    shutil.copy(checkpoint("blip_caption"), place)
+    config = {**CONFIG, "text_config": {"num_attention_heads": 4}}
+    loaded = load_model("blip_caption", "base_coco", True, config=config, tokenizer=tokenizer("blip_caption"))
+    assert answers_of(loaded, "blip_caption") == answers_of(model("blip_caption"), "blip_caption")
+
+
+def test_by_a_recipe_section() -> None:
+    """`from_config` takes what a recipe's `model` section says over the YAML."""
+    kind = MODELS["BlipForConditionalGeneration"]
+    section = model_section(kind.default_config_path("base_coco"), {"tokenizer": str(tokenizer("blip_caption"))})
+    section["load_finetuned"], section["finetuned"] = True, str(checkpoint("blip_caption"))
+    section["image_size"] = 64
+    section["vision_config"] |= CONFIG["vision_config"]
+    built = kind.from_config(section).eval()
+    assert answers_of(built, "blip_caption") == answers_of(model("blip_caption"), "blip_caption")
 
 
 # Using
