@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lavish.checkpoints import hf, lavis
@@ -87,6 +88,21 @@ RULES: tuple[Rule, ...] = (
     Rename("llm_proj.*", "projector.*"),
     *qwen_rules(source="llm_model."),
 )
+
+TENSOR_PARALLEL_PLAN = MappingProxyType(
+    {
+        "language_model.layers.*.self_attn.q_proj": "colwise",
+        "language_model.layers.*.self_attn.k_proj": "colwise",
+        "language_model.layers.*.self_attn.v_proj": "colwise",
+        "language_model.layers.*.self_attn.o_proj": "rowwise",
+        "language_model.layers.*.mlp.gate_proj": "colwise",
+        "language_model.layers.*.mlp.up_proj": "colwise",
+        "language_model.layers.*.mlp.down_proj": "rowwise",
+        "lm_head": "colwise_gather_output",
+    }
+)
+"""What several processes share. Whole in each of them: embedding table, norms, tower, Q-Former and projector, 20 % of
+the 7B. The tower's attention reads its width off its input, so a share of it would be taken for a smaller one."""
 
 
 def complete(network: Any, absent: Iterable[str] = ()) -> None:
