@@ -3,8 +3,9 @@
 What it does as the release: every projection selects its tokens with a boolean mask and writes them into an empty
 buffer with one; a float mask of (batch, 1, seq, seq) is made for every prompt and each layer looks whether it is a
 plain triangle (then fused attention, else scores + mask in full); keys and values are repeated to all heads; the head
-runs over every token, and its logits are cast to float32. Not slower than the release where it need not be: the fused
-attention and the rotary table are made by torch, and the rotation is ours.
+runs over every token, and its logits are cast to float32; every product is torch's own `F.linear`, as its `nn.Linear`
+is (our layers take another way in float32). Not slower than the release where it need not be: the fused attention and
+the rotary table are made by torch, and the rotation is ours.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def prefill(
         normed = rms_norm(layer.post_attention_layernorm, hidden_states)
         hidden_states = hidden_states + mlp(layer.mlp, normed, token_type_ids)
     hidden_states = rms_norm(model.norm, hidden_states)
-    return network.lm_head(hidden_states[:, -1:] if is_head_last_only else hidden_states).float()
+    return linear(network.lm_head, hidden_states[:, -1:] if is_head_last_only else hidden_states).float()
 
 
 def rms_norm(norm, hidden_states):
@@ -72,22 +73,31 @@ def expert_masks(token_type_ids):
     return is_vision, ~is_vision
 
 
-def routed(vision_layer, language_layer, states, token_type_ids, width: int):
+def linear(layer, states):
+    return F.linear(states, layer.weight, layer.bias)
+
+
+def gated(layer, states):
+    return linear(layer.down_proj, F.silu(linear(layer.gate_proj, states)) * linear(layer.up_proj, states))
+
+
+def routed(product, vision_layer, language_layer, states, token_type_ids, width: int):
     is_vision, is_language = expert_masks(token_type_ids)
     output = torch.empty(*states.shape[:-1], width, dtype=states.dtype, device=states.device)
-    output[is_vision] = vision_layer(states[is_vision])
-    output[is_language] = language_layer(states[is_language])
+    output[is_vision] = product(vision_layer, states[is_vision])
+    output[is_language] = product(language_layer, states[is_language])
     return output
 
 
 def mlp(layer, hidden_states, token_type_ids):
-    return routed(layer.vision_mlp, layer.language_mlp, hidden_states, token_type_ids, hidden_states.shape[-1])
+    return routed(gated, layer.vision_mlp, layer.language_mlp, hidden_states, token_type_ids, hidden_states.shape[-1])
 
 
 def attention(layer, hidden_states, token_type_ids, cos, sin, mask):
     rows, seq, hidden_size = hidden_states.shape
     heads, kv_heads, head_dim = layer.num_heads, layer.num_key_value_heads, layer.head_dim
     fused = routed(
+        linear,
         layer.vision_expert_query_key_value,
         layer.language_expert_query_key_value,
         hidden_states,
@@ -104,7 +114,9 @@ def attention(layer, hidden_states, token_type_ids, cos, sin, mask):
     )
     context = attend(query, wide_key, wide_value, mask)
     context = context.transpose(1, 2).contiguous().reshape(rows, seq, hidden_size)
-    update = routed(layer.vision_expert_dense, layer.language_expert_dense, context, token_type_ids, hidden_size)
+    update = routed(
+        linear, layer.vision_expert_dense, layer.language_expert_dense, context, token_type_ids, hidden_size
+    )
     return update, (key, value)
 
 

@@ -30,6 +30,26 @@ def test_the_product_is_that_of_the_ordinary_layer(bias, shape, out_features):
         close(product, exact(made, states))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(32, 320), (1, 140, 320), (2, 33, 320)])
+def test_many_rows_of_a_large_layer_too(bias, shape):
+    made = layer(320, 256, bias)
+    states = torch.randn(shape)
+    with torch.inference_mode():
+        assert made._is_many_rows(states)
+        product = made(states)
+    assert product.shape == (*shape[:-1], 256)
+    close(product, exact(made, states))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_autocast_gets_its_dtype(rows):
+    made, states = layer(320, 256, bias=True), torch.randn(rows, 320)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        product = made(states)
+    assert product.dtype == torch.bfloat16
+
+
 def exact(made: Linear, states: torch.Tensor) -> torch.Tensor:
     bias = None if made.bias is None else made.bias.double()
     return F.linear(states.double(), made.weight.double(), bias).float().detach()
