@@ -20,9 +20,7 @@ def command(
     image: Annotated[
         str | None, typer.Option("--image", "-i", metavar="FILE", help="Image, path or URL; without it you are asked.")
     ] = None,
-    video: Annotated[
-        str | None, typer.Option("--video", metavar="FILE", help="A video, for models that see one; needs PyAV.")
-    ] = None,
+    video: options.Video = None,
     template: options.Template = None,
     no_prompt: Annotated[
         bool, typer.Option("--no-prompt", help="Ask the empty question about each new image (captions of base models).")

@@ -15,6 +15,9 @@ Model = Annotated[
         help="Folder, hub id (org/name), or a name of [bold]lavish zoo[/bold]; without it the bundled model.",
     ),
 ]
+Video = Annotated[
+    str | None, typer.Option("--video", metavar="FILE", help="One video, for models that see one; needs PyAV.")
+]
 Template = Annotated[
     str | None,
     typer.Option(

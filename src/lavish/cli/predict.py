@@ -34,9 +34,7 @@ def command(
     images: Annotated[
         list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="One image: path or URL.")
     ] = None,
-    video: Annotated[
-        str | None, typer.Option("--video", metavar="FILE", help="One video, for models that see one; needs PyAV.")
-    ] = None,
+    video: options.Video = None,
     question: Annotated[
         str | None,
         typer.Option(
