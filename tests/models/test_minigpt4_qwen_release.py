@@ -12,6 +12,8 @@ from tolerance import close
 
 import lavish
 from lavish.checkpoints import lavis
+from lavish.checkpoints.loading import rearrange
+from lavish.checkpoints.rules import plan, reverse
 from lavish.common.errors import (
     CheckpointError,
     ConfigError,
@@ -21,7 +23,7 @@ from lavish.common.errors import (
     UnknownLayout,
     UnsafeCheckpoint,
 )
-from lavish.models.minigpt4_qwen.weights import open_release, read_trained
+from lavish.models.minigpt4_qwen.weights import RULES, open_release, read_trained
 
 BESIDE = {"optimizer": {"state": {}}, "scaler": None, "epoch": 9, "config": {"run": {"lr": 1e-4}}}
 
@@ -279,3 +281,12 @@ def test_a_zero_3_run_says_what_to_do(tmp_path):
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     with pytest.raises(UnsafeCheckpoint):
         load(save(tmp_path / "checkpoint_9.pth", {"model": projection(), "config": Path("x")}))
+
+
+def test_the_rules_lead_back_to_the_released_bytes():
+    back = rearrange(shared_network().state_dict(), reverse(RULES))
+    pieces = {f"visual_encoder.{name}": tensor for name, tensor in stored(PIECES["eva"]).items()}
+    pieces |= {f"llm_model.{name}": tensor for name, tensor in llm().items()} | stored(PIECES["blip2"]) | projection()
+    dropped = set(plan(pieces, RULES).dropped)
+    assert back.keys() == pieces.keys() - dropped
+    assert all(torch.equal(tensor, pieces[name]) for name, tensor in back.items())
