@@ -122,3 +122,19 @@ def test_a_slice_cache_grows_cuts_and_selects():
     keys, _ = cache.update(states[:2, :, :1], states[:2, :, :1], 1)
     assert torch.equal(keys[:, :, :50], states[[2, 0], :, :50])
     assert cache.layers[0].get_seq_length() == 50
+
+
+def test_images_side_by_side_are_shared_only_up_to_the_same_end():
+    """The position of a last slot depends on whether another image follows it without text between."""
+
+    def prompt(num_images: int, text: list[int]) -> tuple[list[int], list[int], tuple[str, ...]]:
+        slots = 2 * num_images
+        digests = tuple(f"image {index}" for index in range(num_images))
+        return [5, *[0] * slots, *text], [0, *[1] * slots, *[0] * len(text)], digests
+
+    ids, types, digests = prompt(2, [7, 8])
+    kept = Conversation(ids, types, digests, len(ids), SliceCache(1, 16))
+    assert kept.num_common_tokens(*prompt(2, [7, 9])) == 6
+    assert kept.num_common_tokens(*prompt(2, [9])) == 5  # other text, the same images before it
+    assert kept.num_common_tokens(*prompt(3, [7, 8])) == 1
+    assert kept.num_common_tokens(*prompt(1, [7, 8])) == 1
