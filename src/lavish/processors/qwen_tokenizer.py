@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from tokenizers.normalizers import NFC
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lavish.common.errors import CheckpointError, PromptError
 from lavish.processors.tokenizers import encode_plain, load_rank_file, load_tokenizer
@@ -79,7 +80,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
     Raises:
         CheckpointError: the tokenizer lacks one: it is not Qwen's.
     """
-    vocab = tokenizer.get_added_vocab()
+    # Every tokenizer of transformers has it; their base class does not declare it.
+    vocab = cast(PreTrainedTokenizerFast, tokenizer).get_added_vocab()
     absent = [token for token in (END_OF_TEXT, IM_START, IM_END, IMAGE) if token not in vocab]
     if absent:
         raise CheckpointError(
