@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lavish.checkpoints.json_file import read_object
 from lavish.common.errors import CheckpointError, ConfigError, DataError, shown
@@ -56,7 +56,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, where: str = "the tok
         if token not in known:
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<bos>", "<eos>", "<pad>"
-    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}
+    ids = _special_ids(tokenizer)
     first = len(tokenizer) - len(SPECIAL_TOKENS)
     if list(ids.values()) != list(range(first, len(tokenizer))):
         raise CheckpointError(
@@ -64,6 +64,11 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, where: str = "the tok
             "order of the list. Name the tokenizer of plain GPT-2."
         )
     return ids
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Look up what `add_special_tokens` has put there; one token has one id."""
+    return {token: cast(int, tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}
 
 
 def _from_vocab_and_merges(folder: Path) -> PreTrainedTokenizerBase:
@@ -80,7 +85,7 @@ def _from_vocab_and_merges(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{merges_file}: {' '.join(wrong)!r} is no merge of vocab.json; fetch both files again.")
     if sorted(map(repr, vocab.values())) != sorted(map(repr, range(len(vocab)))):
         raise CheckpointError(f"{folder / 'vocab.json'}: the ids are not 0 to {len(vocab) - 1}; fetch the file again.")
-    backend = Tokenizer(BPE(vocab, pairs))
+    backend = Tokenizer(BPE(vocab, [(pair[0], pair[1]) for pair in pairs]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
@@ -110,7 +115,7 @@ class GPTVideoFeatureProcessor(BaseProcessor):
         if not (self.visual_ft or self.audio_ft):
             raise ConfigError("gpt_video_ft: visual_ft and audio_ft are both empty; name at least one feature.")
         self.tokenizer = _tokenizer(tokenizer)
-        self.video_token_id = int(self.tokenizer.convert_tokens_to_ids("<video>"))
+        self.video_token_id = _special_ids(self.tokenizer)["<video>"]
 
     def __call__(self, ft_root: str | Path, vname: str) -> dict[str, torch.Tensor]:
         """Read one video: `video_fts` (frames, width) float32, and `token_type_ids` (frames,), <video> for each.
@@ -154,7 +159,7 @@ class GPTDialogueTextProcessor(BaseProcessor):
             raise ConfigError(f"gpt_dialogue: max_turns is {shown(max_turns)} and must be a whole number from 0.")
         self.max_turns, self.use_caption = max_turns, use_caption
         self.tokenizer = _tokenizer(tokenizer)
-        self.special_ids = {token: int(self.tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}
+        self.special_ids = _special_ids(self.tokenizer)
 
     def __call__(self, ann: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Encode one sample: `caption`, `summary`, `dialog` (earlier turns), `question`, `answer`.

@@ -95,8 +95,8 @@ def read_config(config: dict, where: str, **overrides) -> GPTDialogueConfig:
             if name not in given:
                 merged.pop(name, None)
         size = config.get("vocab_size")
-        is_plain = isinstance(size, int) and config.get("bos_token_id") != size - len(SPECIAL_TOKENS)
-        if is_plain and "vocab_size" not in given:
+        is_given = "vocab_size" in given
+        if isinstance(size, int) and not is_given and config.get("bos_token_id") != size - len(SPECIAL_TOKENS):
             merged["vocab_size"] = size + len(SPECIAL_TOKENS)
     fields = {name: value for name, value in merged.items() if name not in ("auto_map", "model_type", "architectures")}
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -187,7 +187,8 @@ class GPTDialogue(BaseModel):
         prompts = self.processor.collate(rows, padding_side="left", too_long=too_long, num_new_tokens=max_length)
         drawing = {"top_p": top_p, "top_k": 0, "temperature": temperature} if use_nucleus_sampling else {}
         beams = {"length_penalty": length_penalty} if num_beams > 1 else {}
-        ids = self.network.generate(  # pyright: ignore[reportCallIssue]
+        # The `self` of transformers' `generate` is a protocol of more attributes than any network declares.
+        ids = cast(Any, self.network).generate(
             **{name: tensor.to(self.device) for name, tensor in prompts.items() if name != "labels"},
             do_sample=use_nucleus_sampling,
             num_beams=num_beams,
