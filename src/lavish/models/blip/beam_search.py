@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -83,7 +84,7 @@ class Decoder:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Let row i go on from what row `rows[i]` has seen. Beams of one image share its states: those stay."""
-        self.cache.self_attention_cache.reorder_cache(rows)
+        self.cache.self_attention_cache.reorder_cache(cast(torch.LongTensor, rows))
 
 
 @torch.no_grad()

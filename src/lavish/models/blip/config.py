@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
@@ -70,10 +70,31 @@ def check_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
             continue
         if not isinstance(fields[section], Mapping):
             raise ConfigError(f"{where}: {section} is {shown(fields[section])} and must be an object.")
-        values = {MED_NAMES.get(name, name): value for name, value in fields[section].items() if name not in BERT_ONLY}
+        given: Mapping[str, Any] = fields[section]
+        values = {MED_NAMES.get(name, name): value for name, value in given.items() if name not in BERT_ONLY}
         _check_names(values, known, where, f"{section}.")
         checked[section] = values
     return checked
+
+
+def tower_of(config: BlipConfig) -> BlipVisionConfig:
+    """Give `vision_config`, which is a config as soon as the whole one is made."""
+    return cast(BlipVisionConfig, config.vision_config)
+
+
+def text_of(config: BlipConfig) -> BlipTextConfig:
+    """Give `text_config`, as `tower_of`."""
+    return cast(BlipTextConfig, config.text_config)
+
+
+def image_size_of(config: BlipConfig) -> int:
+    """Give the picture size of a config that was made here: one whole number, pictures are square."""
+    return cast(int, tower_of(config).image_size)
+
+
+def architecture_in(config: BlipConfig) -> str:
+    """Give transformers' name of the network, which every config that was made here holds."""
+    return cast(list[str], config.architectures)[0]
 
 
 def vision_fields() -> tuple[str, ...]:
@@ -154,7 +175,7 @@ def _make(fields: Mapping[str, Any], architecture: str, where: str) -> BlipConfi
         config = BlipConfig(**fields, architectures=[architecture])
     except (TypeError, ValueError) as error:  # StrictDataclassFieldValidationError is a ValueError
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
-    vision, text = config.vision_config, config.text_config
+    vision, text = tower_of(config), text_of(config)
     # transformers overwrites encoder_hidden_size with the tower's width, whatever was given.
     wanted = fields["text_config"].get("encoder_hidden_size", vision.hidden_size)
     if wanted != vision.hidden_size:

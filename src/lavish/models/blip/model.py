@@ -11,7 +11,7 @@ lavis/models/blip_models/*.py and med.py for the losses and the ranking.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from transformers.models.blip import modeling_blip as blip
 from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextLMHeadModel, BlipTextModel
 
 from lavish.common.errors import ConfigError
+from lavish.models.blip.config import text_of
 
 IGNORE_INDEX = -100
 
@@ -99,10 +100,11 @@ def resize_positions(tower: blip.BlipVisionModel, image_size: int) -> None:
         ConfigError: the size is no multiple of the patches'.
     """
     embeddings = tower.embeddings
-    if image_size % embeddings.patch_size:
-        raise ConfigError(f"image_size {image_size} is no multiple of the patch size {embeddings.patch_size}.")
+    patch_size = cast(int, embeddings.patch_size)  # read_config and lavis_config let no pair of numbers through
+    if image_size % patch_size:
+        raise ConfigError(f"image_size {image_size} is no multiple of the patch size {patch_size}.")
     table = embeddings.position_embedding
-    old, new = round((table.shape[1] - 1) ** 0.5), image_size // embeddings.patch_size
+    old, new = round((table.shape[1] - 1) ** 0.5), image_size // patch_size
     if old != new:
         grid = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
         resized = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
@@ -164,9 +166,10 @@ class BlipForQuestionAnswering(blip.BlipForQuestionAnswering):
         with torch.no_grad():
             images = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
             states = self.question_states(images.last_hidden_state, input_ids, attention_mask)
-        text = self.config.text_config
-        return self.text_decoder.generate(
-            input_ids=input_ids.new_full((len(input_ids), 1), text.bos_token_id),
+        text = text_of(self.config)
+        # The `self` of transformers' `generate` is a protocol of more attributes than any network declares.
+        return cast(Any, self.text_decoder).generate(
+            input_ids=input_ids.new_full((len(input_ids), 1), cast(int, text.bos_token_id)),
             eos_token_id=text.sep_token_id,
             pad_token_id=text.pad_token_id,
             encoder_hidden_states=states,

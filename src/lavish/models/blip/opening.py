@@ -24,11 +24,14 @@ from lavish.models.blip.config import (
     ARCHITECTURES,
     SECTIONS,
     TOP_LEVEL,
+    architecture_in,
     check_fields,
+    image_size_of,
     lavis_config,
     layered,
     read_config,
     read_med_config,
+    tower_of,
 )
 from lavish.models.blip.model import NETWORKS, resize_positions
 from lavish.models.blip.processor import BlipProcessor, fetch_vocabulary, find_tokenizer, load_tokenizer
@@ -71,7 +74,7 @@ def open_network(path: str | Path, wanted: Wanted) -> tuple[Any, BlipProcessor]:
     if _is_transformers(path):
         tensors = hf.read(path)
         config = read_config(read_object(path / CONFIG), str(path / CONFIG), **wanted.given)
-        architecture = _checked(config.architectures[0], wanted.architecture, path)
+        architecture = _checked(architecture_in(config), wanted.architecture, path)
         tokenizer = load_tokenizer(path if wanted.tokenizer is None else wanted.tokenizer)
         processor = BlipProcessor.from_folder(config, path, tokenizer, wanted.base_texts, wanted.given_texts)
     else:
@@ -93,7 +96,7 @@ def tell(path: str | Path) -> tuple[str, int]:
     if _is_transformers(path):
         tensors = hf.read(path)
         config = read_config(read_object(path / CONFIG), str(path / CONFIG))
-        architecture = config.architectures[0]
+        architecture = architecture_in(config)
     else:
         tensors = _read_file(path)
         architecture = architecture_of(tensors, str(path))
@@ -170,10 +173,10 @@ def _beside(folder: Path) -> dict[str, Any]:
 
 def _load(tensors: TensorMap, config: BlipConfig, architecture: str, wanted: Wanted) -> Any:
     rules = rules_for(architecture, tensors)
-    image_size = config.vision_config.image_size
+    image_size = image_size_of(config)
     # The network is built for the grid of the file, and resized once its positions are read.
     stored = stored_sizes(tensors, rules)["vision_config"].get("image_size", image_size)
-    config.vision_config.image_size = stored
+    tower_of(config).image_size = stored
     with torch.device("meta"):
         network = NETWORKS[architecture](config)
     absent = load_into(network, tensors, dtype=wanted.dtype, device=wanted.device, rules=rules)

@@ -21,7 +21,7 @@ from lavish.checkpoints import hub
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.common.errors import CheckpointError, ConfigError, PromptError, shown
 from lavish.common.media import open_image
-from lavish.models.blip.config import SpecialIds
+from lavish.models.blip.config import SpecialIds, image_size_of, text_of
 from lavish.processors.blip_processors import BlipImageEvalProcessor
 
 PROMPT = "a picture of "
@@ -136,8 +136,8 @@ class BlipProcessor:
         Raises:
             ConfigError: the tokenizer's ids are not the model's.
         """
-        processor = cls(tokenizer, config.vision_config.image_size, prompt, max_txt_len)
-        text, ids = config.text_config, processor.special_ids
+        processor = cls(tokenizer, image_size_of(config), prompt, max_txt_len)
+        text, ids = text_of(config), processor.special_ids
         if len(processor.tokenizer) > text.vocab_size or text.bos_token_id != ids.bos_token_id:
             raise ConfigError(
                 f"The tokenizer has {len(processor.tokenizer)} ids and [DEC] is {ids.bos_token_id}; the model has "
@@ -183,7 +183,7 @@ class BlipProcessor:
         texts = {name: value for name, value in {**base, **own, **given}.items() if name in ("prompt", "max_txt_len")}
         processor = cls.from_config(config, tokenizer, **texts)
         processor.image_processor = BlipImageEvalProcessor(
-            config.vision_config.image_size, pixels.get("image_mean"), pixels.get("image_std")
+            image_size_of(config), pixels.get("image_mean"), pixels.get("image_std")
         )
         return processor
 
