@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from lavish.common.errors import CheckpointError, ConfigError
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,8 @@ def without_surplus(places: Plan, targets: Container[str], rules: Sequence[Rule]
     gone = [name for name in places.sources if name not in targets and matches(patterns, name)] if patterns else []
     if not gone:
         return places
-    sources, parts, joined = (
-        {name: value for name, value in table.items() if name not in gone}
-        for table in (places.sources, places.parts, places.joined)
-    )
-    return Plan(sources, places.dropped + tuple(places.sources[name] for name in gone), parts, joined)
+    dropped = places.dropped + tuple(places.sources[name] for name in gone)
+    return Plan(_without(places.sources, gone), dropped, _without(places.parts, gone), _without(places.joined, gone))
 
 
 def reverse(rules: Sequence[Rule]) -> list[Rule]:
@@ -215,6 +214,10 @@ def _first_match(
         if found := regex.fullmatch(name):
             return rule, index, found.groups()
     return None, 0, ()
+
+
+def _without(table: dict[str, _Value], gone: Container[str]) -> dict[str, _Value]:
+    return {name: value for name, value in table.items() if name not in gone}
 
 
 def _add(places: dict[Any, str], place: object, name: str, target: str) -> None:
