@@ -63,21 +63,6 @@ class ChatNetwork(Protocol):
         ...
 
 
-class RequestState(DecodeState):
-    """The state of one batch, and what its rows had fixed at their prefill."""
-
-    def __init__(
-        self, positions: torch.Tensor, attention_mask: torch.Tensor | None, fixed: tuple[Any, ...] | None
-    ) -> None:
-        super().__init__(positions, attention_mask)
-        self.fixed = fixed
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        super().select_rows(rows)
-        if self.fixed is not None:
-            self.fixed = tuple(self.fixed[row] for row in rows.tolist())
-
-
 class DecoderSteps:
     """Prefill and decode of a `ChatNetwork`."""
 
@@ -111,7 +96,7 @@ class DecoderSteps:
     @torch.inference_mode()
     def prefill(
         self, prompts: Sequence[Prompt], features: torch.Tensor | None, cache: Cache, num_cached: int = 0
-    ) -> tuple[torch.Tensor, RequestState]:
+    ) -> tuple[torch.Tensor, DecodeState]:
         """Put prompts into the cache; rows of different lengths are padded on the left.
 
         `num_cached` tokens at the start of a SINGLE prompt are in the cache already; a part cached never ends inside
@@ -134,10 +119,10 @@ class DecoderSteps:
             past_key_values=cache,
             request_state=fixed,
         )
-        return self._logits(hidden_states), RequestState(position_ids[:, -1:] + 1, mask, fixed)
+        return self._logits(hidden_states), DecodeState(position_ids[:, -1:] + 1, mask, fixed)
 
     @torch.inference_mode()
-    def decode(self, token_ids: Sequence[int], state: RequestState, cache: SliceCache) -> torch.Tensor:
+    def decode(self, token_ids: Sequence[int], state: DecodeState, cache: SliceCache) -> torch.Tensor:
         """Feed one token a row. Shapes: -> logits (batch, vocab)."""
         # Past `embed`: a generated id is a word, also where it is the id of an image slot.
         inputs_embeds = self.network.get_input_embeddings()(self._tensor([[token_id] for token_id in token_ids]))
@@ -152,7 +137,7 @@ class DecoderSteps:
         return self._logits(hidden_states)
 
     @torch.inference_mode()
-    def select_rows(self, rows: Sequence[int], state: RequestState, cache: SliceCache) -> None:
+    def select_rows(self, rows: Sequence[int], state: DecodeState, cache: SliceCache) -> None:
         """Keep these rows of the batch, in state and cache."""
         index = torch.tensor(rows, device=self.device)
         state.select_rows(index)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -35,11 +36,16 @@ class Prompt:
 
 
 class DecodeState:
-    """What the decode steps of one batch need beside the cache: the next position of each row, and where padding is."""
+    """What the decode steps of one batch need beside the cache: the next position of each row, where padding is, and
+    what the rows had fixed at their prefill.
+    """
 
-    def __init__(self, positions: torch.Tensor, attention_mask: torch.Tensor | None):
+    def __init__(
+        self, positions: torch.Tensor, attention_mask: torch.Tensor | None, fixed: tuple[Any, ...] | None = None
+    ):
         self.positions = positions  # (batch, 1)
-        self.attention_mask = attention_mask  # (batch, keys) bool, or None where no row is padded
+        self.attention_mask = attention_mask  # (batch, keys), 0 or False on padding; None where no row is padded
+        self.fixed = fixed  # one a row, or None where nothing is
 
     def grow_mask(self, num_keys: int) -> torch.Tensor | None:
         """Give the mask for `num_keys` keys, (batch, keys) with True = attend, also to all after the prompt."""
@@ -55,6 +61,8 @@ class DecodeState:
         self.positions = self.positions[rows]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[rows]
+        if self.fixed is not None:
+            self.fixed = tuple(self.fixed[row] for row in rows.tolist())
 
 
 class CogVLMSteps:

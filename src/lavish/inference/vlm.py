@@ -433,8 +433,10 @@ class VLM:
         found: dict[str, torch.Tensor] = {}
         for prompt in prompts:
             slots = slots_per_image(prompt.token_type_ids, len(prompt.digests))
-            first = sum(prompt.token_type_ids[:num_cached]) // slots if slots else 0
-            for digest, picture in zip(prompt.digests[first:], () if slots == 0 else prompt.pixel_values[first:]):
+            if slots == 0 or prompt.pixel_values is None:
+                continue
+            first = sum(prompt.token_type_ids[:num_cached]) // slots
+            for digest, picture in zip(prompt.digests[first:], prompt.pixel_values[first:]):
                 wanted.append(digest)
                 if digest in found or digest in pixels:
                     continue
