@@ -72,7 +72,7 @@ class ClipQwenConfig(PreTrainedConfig):
         for name in ("image_token_id", "max_window_tokens"):
             _check_whole(name, getattr(self, name))
         super().__post_init__(**kwargs)
-        self.shortest_edge = self.tower.image_size if self.shortest_edge is None else self.shortest_edge
+        self.shortest_edge = cast(int, self.tower.image_size) if self.shortest_edge is None else self.shortest_edge
         self.image_mean = list(CLIP_MEAN) if self.image_mean is None else self.image_mean
         self.image_std = list(CLIP_STD) if self.image_std is None else self.image_std
         self._check()

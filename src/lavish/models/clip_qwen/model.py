@@ -37,7 +37,7 @@ class ClipQwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config: ClipQwenConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Qwen2DecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings"]
@@ -48,7 +48,7 @@ class ClipQwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         tower, hidden_size = config.tower, config.text.hidden_size
         self.vision_tower = CLIPVisionModel._from_config(tower)
-        self.vision_tower.post_layernorm = nn.Identity()  # the class row's, which nothing here reads
+        self.vision_tower.set_submodule("post_layernorm", nn.Identity())  # the class row's, which nothing here reads
         self.projector = nn.Sequential(
             nn.Linear(tower.hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -63,7 +63,7 @@ class ClipQwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if any(module is linear for linear in (self.projector[0], self.projector[2])):
+        if isinstance(module, nn.Linear) and any(module is linear for linear in (self.projector[0], self.projector[2])):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.bias)
 
@@ -78,7 +78,7 @@ class ClipQwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.embed_tokens = value
+        self.language_model.set_submodule("embed_tokens", value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -24,7 +24,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from lavish.checkpoints.json_file import read_object
 from lavish.common.errors import CheckpointError, ConfigError, PromptError, check_path, shown
 from lavish.common.media import MediaLimits, open_image
-from lavish.common.messages import ImagePart, Message, Turn, is_batch, normalize, turns
+from lavish.common.messages import ImagePart, Message, TextPart, Turn, is_batch, normalize, turns
 from lavish.models.clip_qwen.config import ClipQwenConfig, read_config
 from lavish.processors.pixels import normalize as normalize_pixels
 from lavish.processors.pixels import resize_two_pass, to_rgb
@@ -210,7 +210,7 @@ class ClipQwenProcessor(ProcessorMixin):
         for part in message.parts:
             if isinstance(part, ImagePart):
                 content.append(Slots(self.num_image_tokens))
-            else:
+            elif isinstance(part, TextPart):  # `normalize` refuses videos
                 is_after_text = content and isinstance(content[-1], str)
                 content.append(f" {part.text}" if is_after_text else part.text)
         return content
@@ -309,7 +309,7 @@ class ClipQwenProcessor(ProcessorMixin):
         Raises:
             PromptError: what is no id: a negative one (the -100 of labels), a text.
         """
-        ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else token_ids
+        ids: Any = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else token_ids
         ids = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str | bytes) else [ids]
         ids = [token_id.tolist() if isinstance(token_id, torch.Tensor | np.integer) else token_id for token_id in ids]
         for token_id in ids:

@@ -165,7 +165,8 @@ class CogVLMProcessor(ProcessorMixin):
         saved = read_optional_object(folder / "processor_config.json")
         fields = ("image_size", "num_image_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "template_version")
         if saved.get("processor_class") == cls.__name__ and all(field in saved for field in fields):
-            options = {field: saved[field] for field in fields} | {"max_frames": saved.get("max_frames")}
+            options: dict[str, Any] = {field: saved[field] for field in fields}
+            options["max_frames"] = saved.get("max_frames")
             return cls(_tokenizer(tokenizer, folder, None), **options)
         if not (folder / "config.json").is_file():
             raise CheckpointError(

@@ -463,7 +463,7 @@ class Glm4v9bForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states = self._embed_new(input_ids, pixel_values, image_features, past_key_values)
         all_hidden_states = [] if output_hidden_states else None
         hidden_states = self.transformer(hidden_states, positions, attention_mask, past_key_values, all_hidden_states)
-        slots = tokens.shape[1] if past_key_values is None else past_key_values.get_seq_length()
+        slots = positions.shape[1] if past_key_values is None else past_key_values.get_seq_length()
         deltas = slots - 1 - positions[:, -1:]
         if past_key_values is not None and rope_deltas is None:
             # State of the call: it lives and dies with its cache, never on the module.

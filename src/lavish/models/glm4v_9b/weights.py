@@ -42,5 +42,5 @@ def complete(network: Glm4v9bForCausalLM, absent: Iterable[str] = ()) -> None:
     for name in absent:
         if name != INV_FREQ:
             raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
-        module, weight = network.transformer.rotary_pos_emb, network.lm_head.weight
+        module, weight = network.transformer.rotary_pos_emb, network.transformer.output_layer.weight
         module.inv_freq = inv_freq(module.head_dim, module.base).to(weight.device, weight.dtype)

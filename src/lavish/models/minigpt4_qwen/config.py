@@ -79,7 +79,7 @@ class MiniGPT4QwenConfig(PreTrainedConfig):
             for name in names:
                 _check_whole(f"{part}.{name}", getattr(getattr(self, part), name))
         if self.image_size is None:
-            self.image_size = self.vision.image_size
+            self.image_size = cast(int, self.vision.image_size)
         _check_whole("image_size", self.image_size)
         self._check_widths()
 

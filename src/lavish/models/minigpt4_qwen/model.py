@@ -33,7 +33,7 @@ class MiniGPT4QwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config: MiniGPT4QwenConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Qwen2DecoderLayer", "Blip2EncoderLayer", "Blip2QFormerLayer", "Blip2VisionEmbeddings"]
@@ -68,7 +68,7 @@ class MiniGPT4QwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.embed_tokens = value
+        self.language_model.set_submodule("embed_tokens", value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
