@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lavish.checkpoints import hub
 from lavish.checkpoints.rules import Optional, matches, plan
 from lavish.checkpoints.tensor_map import TensorInfo
@@ -29,6 +27,8 @@ def look_at_folder(path: Path, overrides: Mapping[str, Any], pieces: Mapping[str
     Raises:
         ConfigError, CheckpointError: as `lavish.load` before the first weight is read.
     """
+    import torch
+
     opened = open_release(path, dict(overrides), {name: hub.resolve(value) for name, value in pieces.items()})
     with torch.device("meta"):
         network = opened.family.model_class(opened.config)
