@@ -18,7 +18,8 @@ def test_released_layouts_have_the_released_sizes(name):
     num_bytes = 2 * sum(t.numel() for t in network.state_dict().values())
     assert num_bytes == model_zoo[name].num_bytes
     assert network.config.vision_config.image_size == model_zoo[name].image_size
-    assert network.config.template_version == model_zoo[name].template
+    # A config without a version has one template, the table's default.
+    assert getattr(network.config, "template_version", "chat") == model_zoo[name].template
 
 
 @pytest.mark.parametrize(
