@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -212,7 +212,9 @@ class MiniGPT4Qwen(BaseModel):
         tensors = {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
         if images is not None and len(images):
             tensors["pixel_values"] = images.to(self.device)
-        tokens = self.network.generate(**tensors, generation_config=generation_config, **{**given, **options, **stop})  # pyright: ignore[reportCallIssue]
+        # The `self` of transformers' `generate` is a protocol of more attributes than any network declares.
+        network = cast(Any, self.network)
+        tokens = network.generate(**tensors, generation_config=generation_config, **{**given, **options, **stop})
         return tokens[:, tensors["input_ids"].shape[1] :]
 
     def _text(self, token_ids: list[int]) -> str:
