@@ -220,3 +220,17 @@ def test_an_unreachable_hub(tmp_path: Path) -> None:
 def test_a_release_on_github_is_not_fetched() -> None:
     with pytest.raises(ConfigError, match=r"'github:someone/model': comes in pieces that no hub holds"):
         hub.resolve("github:someone/model")
+
+
+def test_a_model_of_lavis_is_the_file_that_its_yaml_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("lavish.checkpoints.download.fetch", lambda url: asked.append(url) or tmp_path)
+    assert hub.resolve("lavis:blip_caption/base_coco") == tmp_path
+    assert hub.resolve("lavis:blip_feature_extractor/base") == tmp_path
+    assert [url.rpartition("/")[2] for url in asked] == ["blip_coco_caption_base.pth", "model_base_capfilt_large.pth"]
+
+
+@pytest.mark.parametrize("name", ["blip_caption/small", "x", "../../x/y", "cogvlm-base/224", "gpt_dialogue/base", "/"])
+def test_no_model_of_lavis(name: str) -> None:
+    with pytest.raises(ConfigError, match="no released file of LAVIS"):
+        hub.resolve(f"lavis:{name}")

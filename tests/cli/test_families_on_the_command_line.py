@@ -1,6 +1,7 @@
 """`lavish chat` and `predict` with the other families: pieces, adapters, models that hold no conversation."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -71,17 +72,19 @@ def test_a_model_that_captions(monkeypatch, heads: str, capsys: pytest.CaptureFi
     assert "holds no conversation: it can caption" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [
-        (FIXTURES / "glm4v/open/checkpoint", []),
-        (FIXTURES / "clip_qwen/open/checkpoint", []),
-        (
-            MINIGPT4,
-            ["--piece", f"llm={FIXTURES / 'qwen/llm'}", "--set", "vision_config.num_attention_heads=4"],
-        ),
-    ],
-)
+SET_HEADS = ["--set", "vision_config.num_attention_heads=4"]
+INSPECTED = [
+    (FIXTURES / "glm4v/open/checkpoint", []),
+    (FIXTURES / "clip_qwen/open/checkpoint", []),
+    (MINIGPT4, ["--piece", f"llm={FIXTURES / 'qwen/llm'}", *SET_HEADS]),
+    (BLIP, SET_HEADS),
+    (BLIP / "blip_coco_caption_base.pth", SET_HEADS),
+    (FIXTURES / "blip_vqa/open/checkpoint", SET_HEADS),
+    (FIXTURES / "gpt_dialogue/open/checkpoint", []),
+]
+
+
+@pytest.mark.parametrize(("model", "options"), INSPECTED)
 def test_inspect_finds_every_tensor(model: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(model), *options, "--json"]) == 0
     seen = json.loads(capsys.readouterr().out)
@@ -91,6 +94,42 @@ def test_inspect_finds_every_tensor(model: Path, options: list[str], capsys: pyt
     assert "complete: every tensor" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("model", "options"), INSPECTED)
+def test_inspect_draws_the_tree(model: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model), *options, "--tree", "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(model), *options, "--json"]) == 0
+    assert tree["num_parameters"] <= json.loads(capsys.readouterr().out)["num_parameters"]
+    assert tree["children"]
+
+
+@pytest.mark.parametrize("name", ["minigpt4qwen-7b", "glm-4v-9b", "blip_vqa_okvqa", "cogvlm2-video-llama3-chat"])
+def test_inspect_of_a_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", name, "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["layout"] is None
+    assert seen["num_parameters"] > 2e8
+    assert main(["inspect", name, "--tree", "--set", "vision_config.num_hidden_layers=1"]) == 0
+    assert "vision" in capsys.readouterr().out
+
+
+def test_inspect_of_parts_counts_stored_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(FIXTURES / "glm4v/open/checkpoint"), "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert sum(part["num_bytes"] for part in seen["parts"]) == seen["num_bytes"] == sum(seen["dtypes"].values())
+
+
 def test_zoo_names_models_of_several_families(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["zoo", "--json"]) == 0
-    assert {"cogvlm", "glm4v_9b"} <= {row["family"] for row in json.loads(capsys.readouterr().out)}
+    families = [row["family"] for row in json.loads(capsys.readouterr().out)]
+    assert {"cogvlm", "glm4v_9b", "minigpt4_qwen", "blip"} <= set(families)
+    assert len(list(itertools.groupby(families))) == len(set(families)), "families stand together"
+
+
+def test_zoo_fits_100_columns(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["zoo"]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 100
+    assert lines.index("blip") < lines.index(next(line for line in lines if line.startswith("blip_vqa_okvqa")))
+    assert any("lavis:blip_feature_extractor/base" in line for line in lines)

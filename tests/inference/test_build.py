@@ -8,8 +8,20 @@ from lavish.common.errors import ConfigError, UnknownLayout
 from lavish.inference.build import read_layout
 from lavish.models import model_zoo
 
+CHAT_MODELS = [name for name, entry in model_zoo.items() if entry.template]
 
-@pytest.mark.parametrize("name", list(model_zoo))
+
+@pytest.mark.parametrize("name", [name for name in model_zoo if name not in CHAT_MODELS])
+def test_released_layouts_of_lavis_have_the_released_sizes(name):
+    network, entry = lavish.build(name), model_zoo[name]
+    assert {p.device.type for p in network.parameters()} == {"meta"}
+    assert sum(p.numel() for p in network.parameters()) == entry.num_parameters
+    num_bytes = 4 * sum(t.numel() for t in network.state_dict().values())
+    assert 0 <= entry.num_bytes - num_bytes <= 4 * 2 * 512, "files count the text positions too"
+    assert network.config.vision_config.image_size == entry.image_size
+
+
+@pytest.mark.parametrize("name", CHAT_MODELS)
 def test_released_layouts_have_the_released_sizes(name):
     network = lavish.build(name)
     assert {p.device.type for p in network.parameters()} == {"meta"}

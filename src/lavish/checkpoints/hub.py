@@ -16,6 +16,8 @@ from lavish.common.errors import CheckpointError, ConfigError, MissingDependency
 
 MODELSCOPE = "modelscope:"
 GITHUB = "github:"
+LAVIS = "lavis:"
+"""Before a model and type of LAVIS, `lavis:blip_caption/base_coco`: one file on a web server, by the type's YAML."""
 DATA_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.yaml", "other_params.bin"]
 """Weights, configs, tokenizers, templates; the last is the projector of a CLIP + Qwen run, which has this form only."""
 PICKLE_FILES = ["pytorch_model*.bin", "adapter_model*.bin"]
@@ -74,6 +76,8 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
             f"{name!r}: comes in pieces that no hub holds; lavish does not fetch them. The model's page in docs/ says "
             "where they are; then give their folder."
         )
+    if name.startswith(LAVIS):
+        return _from_lavis(name)
     if isinstance(name_or_path, Path) or not is_id(name):
         raise ConfigError(
             f"{shown(name)}: no such file or folder, and not a hub id. Give the path of a model's folder, 'org/name' "
@@ -86,6 +90,22 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
         )
     fetch = _from_modelscope if name.startswith(MODELSCOPE) else _from_hugging_face
     return fetch(repo_id, wanted or revision)
+
+
+def _from_lavis(name: str) -> Path:
+    from importlib.resources import files
+
+    from lavish.checkpoints.download import fetch, is_url
+    from lavish.common.config import load_yaml
+
+    layouts = Path(str(files("lavish") / "configs" / "models"))
+    model, _, model_type = name.removeprefix(LAVIS).partition("/")
+    file = layouts / f"{model}_{model_type}.yaml"
+    section = load_yaml(file).get("model") if file.parent == layouts and file.is_file() else None
+    url = section and (section.get("finetuned") or section.get("pretrained"))
+    if not is_url(url):
+        raise ConfigError(f"{shown(name)}: no released file of LAVIS that lavish knows; `lavish zoo` lists them.")
+    return fetch(str(url))
 
 
 def _fetch(snapshot: Callable[[list[str]], str]) -> Path:

@@ -40,13 +40,14 @@ def command(
         from lavish.common.config import parse_overrides
 
         overrides = OmegaConf.to_container(parse_overrides(changes), resolve=True)  # pyright: ignore
-    if tree:
-        _print_tree(path, overrides, as_json)
-        return 0
     from lavish.cli.inspection import look
     from lavish.cli.loading import read_pieces
 
-    seen = look(path, overrides, read_pieces(piece))
+    pieces = read_pieces(piece)
+    if tree:
+        _print_tree(path, overrides, pieces, as_json)
+        return 0
+    seen = look(path, overrides, pieces)
     if as_json:
         import json
 
@@ -56,14 +57,22 @@ def command(
     return INCOMPLETE if seen.has_weights and not seen.is_complete else 0
 
 
-def _print_tree(path: str, overrides: dict[str, Any], as_json: bool) -> None:
-    from lavish.cli.inspection import find
-    from lavish.cli.module_tree import draw_tree, read_tree
-    from lavish.inference.build import build
+def _print_tree(path: str, overrides: dict[str, Any], pieces: dict[str, str], as_json: bool) -> None:
+    from pathlib import Path
 
-    _, where, folder = find(path)
-    name = path if folder is None else folder
-    root = read_tree(build(name, device="meta", **overrides))
+    from lavish.cli.inspection import find, is_without_config
+    from lavish.cli.module_tree import draw_tree, read_tree
+
+    if path.strip() and is_without_config(Path(path).expanduser(), pieces):
+        from lavish.inference.outline import outline
+
+        network, where = outline(path, overrides, pieces).network, path
+    else:
+        from lavish.inference.build import build
+
+        _, where, folder = find(path)
+        network = build(path if folder is None else folder, device="meta", **overrides)
+    root = read_tree(network)
     if as_json:
         import json
 

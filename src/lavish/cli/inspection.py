@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lavish.models as table
-from lavish.checkpoints import hf, hub, layouts
+from lavish.checkpoints import hf, hub, lavis, layouts
 from lavish.checkpoints.rules import matches
 from lavish.checkpoints.tensor_map import ITEM_BYTES, TensorInfo, TensorMap
 from lavish.cli.loading import resolve_model
@@ -121,16 +121,12 @@ def look(
         UnknownLayout, CheckpointError: a folder that is no checkpoint, or a damaged file.
     """
     path = Path(os.path.expanduser(name_or_path))
-    if path.exists() and table.detect_composite(path, pieces or ()) is not None:
-        return _by_network("look_at_folder", path, overrides or {}, pieces or {})
+    if name_or_path.strip() and is_without_config(path, pieces or ()):
+        return _by_network(path, overrides or {}, pieces or {})
     fields, where, folder = find(name_or_path)
-    family = table.family(fields["family"]) if "family" in fields else table.detect_family(fields, where)
-    if family.opener is not None:
-        raise ConfigError(f"{name_or_path}: lavish inspect looks at chat networks, and this is a {family.name!r}.")
-    if not family.has_manifest and folder is None:
-        return _by_network("look_at_layout", name_or_path, overrides or {})
-    if not family.has_manifest:
-        return _by_network("look_at_folder", folder, overrides or {}, pieces or {})
+    family = family_in(fields, where)
+    if not family.has_manifest or pieces:
+        return _by_network(folder or name_or_path, overrides or {}, pieces or {})
     manifest = import_module(f"{family.package}.manifest")
     sizes = manifest.read_sizes(fields, where, overrides)
     expected = {tensor.name: tensor for tensor in _saved(manifest.tensors(sizes), fields)}
@@ -165,8 +161,31 @@ def look(
     )
 
 
-def _by_network(function: str, *arguments: Any) -> Inspection:
-    return getattr(import_module("lavish.cli.network_inspection"), function)(*arguments)
+def _by_network(*arguments: Any) -> Inspection:
+    from lavish.cli.network_inspection import look as look_at_network
+
+    return look_at_network(*arguments)
+
+
+def is_without_config(path: Path, pieces: Iterable[str]) -> bool:
+    """Tell whether a path is a release that no config.json describes: in pieces, or a single file of LAVIS."""
+    if not os.path.exists(path):
+        return False
+    if table.detect_composite(path, pieces) is not None:
+        return True
+    if path.is_file():
+        return path.suffix in hf.PICKLE_SUFFIXES
+    is_other = any((path / name).exists() for name in hf.WEIGHT_FILES)
+    return not is_other and any(path.glob(f"*{lavis.SUFFIX}"))
+
+
+def family_in(fields: Mapping[str, Any], where: str) -> table.Family:
+    """Give the family of a config.json, or of a layout that lavish has, which names it or a model of LAVIS."""
+    if "family" in fields:
+        return table.family(fields["family"])
+    if "model" in fields and "architectures" not in fields:
+        return table.family_of_layout(fields, where)
+    return table.detect_family(fields, where)
 
 
 def find(name_or_path: str) -> tuple[dict[str, Any], str, Path | None]:

@@ -1,6 +1,6 @@
 """What can be known of a model of a family without a manifest: from its network on the meta device, and the headers.
 
-torch is imported; no weight is read. Releases in pieces are looked at as a whole.
+torch comes with the call, not with the import; no weight is read. Releases in pieces are looked at as a whole.
 """
 
 from __future__ import annotations
@@ -9,94 +9,86 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lavish.checkpoints import hub
-from lavish.checkpoints.rules import Optional, matches, plan
 from lavish.checkpoints.tensor_map import TensorInfo
 from lavish.cli.inspection import Inspection, Memory, Part
-from lavish.inference.build import build
-from lavish.inference.load import open_release
-from lavish.inference.quantization import quantized_layers
-from lavish.models import Family, family_of
+
+if TYPE_CHECKING:
+    from lavish.inference.outline import Outline
+
+NOT_HERE = "Nothing of it is on this machine: sizes are those of the released config, in {}."
+NO_WEIGHTS = "The folder has a config and no weights."
 
 
-def look_at_folder(path: Path, overrides: Mapping[str, Any], pieces: Mapping[str, str]) -> Inspection:
-    """Inspect a folder, or a release in pieces.
+def look(name_or_path: str | Path, overrides: Mapping[str, Any], pieces: Mapping[str, str]) -> Inspection:
+    """Inspect a folder, a file, a release in pieces, or the layout of a model of the zoo.
 
     Raises:
         ConfigError, CheckpointError: as `lavish.load` before the first weight is read.
     """
-    import torch
+    from lavish.inference.outline import outline
 
-    opened = open_release(path, dict(overrides), {name: hub.resolve(value) for name, value in pieces.items()})
-    with torch.device("meta"):
-        network = opened.family.model_class(opened.config)
-    expected = _shapes(network)
-    places = plan(opened.tensors, opened.family.rules)
-    optional = [rule.target for rule in opened.family.rules if isinstance(rule, Optional)]
-    used = set(places.sources.values())
-    infos = {name: info for name, info in opened.tensors.infos.items() if name in used}
-    return _inspection(
-        network,
-        path=str(path),
-        layout="pieces" if opened.release is not None else "hf",
-        config=opened.config_dict,
-        infos=infos,
-        files=len({info.file for info in infos.values()}),
-        has_weights=True,
-        missing=[name for name in expected if name not in places.sources and not matches(optional, name)],
-        unexpected=[source for target, source in places.sources.items() if target not in expected],
-    )
-
-
-def look_at_layout(name: str, overrides: Mapping[str, Any]) -> Inspection:
-    """Inspect the layout of a model of the zoo: nothing of it is on this machine."""
-    network = build(name, device="meta", **overrides)
-    infos = {key: TensorInfo(shape, "bfloat16", Path(), 0) for key, shape in _shapes(network).items()}
-    notes = ["Nothing of it is on this machine: sizes are those of the released config, in bfloat16."]
-    return _inspection(network, path=name, config=network.config.to_dict(), infos=infos, notes=notes)
-
-
-def _shapes(network: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
-
-
-def _inspection(network: Any, *, infos: Mapping[str, TensorInfo], layout: str | None = None, **said: Any) -> Inspection:
-    family = family_of(network)
+    seen = outline(name_or_path, overrides, pieces)
+    is_here = Path(name_or_path).expanduser().exists()
+    kind = "bfloat16" if seen.family.opener is None else "float32"
+    stored = seen.stored()
+    if seen.tensors is None:
+        stored = {name: TensorInfo(shape, kind, Path(), 0) for name, shape in seen.shapes.items()}
     dtypes: Counter[str] = Counter()
-    for info in infos.values():
+    for info in stored.values():
         dtypes[info.dtype] += info.nbytes
     return Inspection(
-        family=family.name,
+        path=str(name_or_path),
+        family=seen.family.name,
         version=1,
-        layout=layout,
+        layout=seen.layout if is_here else None,
+        config=seen.config,
         sizes=None,
-        parts=_parts(network, family),
+        parts=_parts(seen, stored),
         dtypes=dict(dtypes.most_common()),
-        misshaped=[],
-        memory=_memory(network),
-        **{"files": 0, "absent_files": [], "has_weights": False, "missing": [], "unexpected": [], **said},
+        files=0 if seen.tensors is None else len({info.file for info in stored.values()}),
+        absent_files=[] if seen.tensors is None else list(seen.tensors.absent),
+        has_weights=seen.tensors is not None,
+        memory=_memory(seen),
+        notes=[] if seen.tensors is not None else [NO_WEIGHTS if is_here else NOT_HERE.format(kind)],
+        **seen.problems(),
     )
 
 
-def _parts(network: Any, family: Family) -> list[Part]:
-    """Count decoder layers, what sees, and the rest (tables, norms, head), in bfloat16."""
-    groups: dict[str, list[int]] = {"decoder layers": [], "what sees": [], "embedding, norms, head": []}
-    for name, shape in _shapes(network).items():
-        is_decoder = name.startswith(family.decoder_layers)
-        group = "decoder layers" if is_decoder else "what sees" if name.startswith(family.towers) else list(groups)[2]
-        groups[group].append(math.prod(shape))
-    return [Part(name, len(rows), sum(rows), 2 * sum(rows)) for name, rows in groups.items() if rows]
+def _parts(seen: Outline, stored: Mapping[str, TensorInfo]) -> list[Part]:
+    """Count decoder layers, what sees, and the rest (tables, norms, head); other networks by their first modules."""
+    family = seen.family
+    groups: dict[str, list[TensorInfo]] = {}
+    if family.opener is None:
+        groups = {"decoder layers": [], "what sees": [], "embedding, norms, head": []}
+    for name, info in stored.items():
+        if family.opener is not None:
+            part = name.partition(".")[0]
+        elif name.startswith(family.decoder_layers):
+            part = "decoder layers"
+        else:
+            part = "what sees" if name.startswith(family.towers) else "embedding, norms, head"
+        groups.setdefault(part, []).append(info)
+    return [
+        Part(name, len(rows), sum(info.numel for info in rows), sum(info.nbytes for info in rows))
+        for name, rows in groups.items()
+        if rows
+    ]
 
 
-def _memory(network: Any) -> list[Memory]:
-    total = sum(math.prod(shape) for shape in _shapes(network).values())
-    layers = [network.get_submodule(name).weight for name in quantized_layers(network)]
-    quantized, rows = sum(weight.numel() for weight in layers), sum(weight.shape[0] for weight in layers)
-    weights = {
-        "bfloat16": 2 * total,
-        "int8": 2 * (total - quantized) + quantized + 2 * rows,
-        "nf4": 2 * (total - quantized) + quantized * 9 // 16,
-    }
+def _memory(seen: Outline) -> list[Memory]:
+    from lavish.inference.quantization import quantized_layers
+
+    total = sum(math.prod(shape) for shape in seen.shapes.values())
+    if seen.family.opener is not None:  # they are not quantised
+        weights = {"float32": 4 * total, "bfloat16": 2 * total}
+    else:
+        layers = [seen.network.get_submodule(name).weight for name in quantized_layers(seen.network)]
+        quantized, rows = sum(weight.numel() for weight in layers), sum(weight.shape[0] for weight in layers)
+        weights = {
+            "bfloat16": 2 * total,
+            "int8": 2 * (total - quantized) + quantized + 2 * rows,
+            "nf4": 2 * (total - quantized) + quantized * 9 // 16,
+        }
     return [Memory(f"inference, {kind}", {"weights": count}) for kind, count in weights.items()]

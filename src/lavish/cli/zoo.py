@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lavish.cli.terminal import console, human_bytes, human_count
-from lavish.models import ZOO, ZooEntry
+from lavish.models import FAMILIES, ZOO, ZooEntry
 
 BUNDLED = "comes with lavish"
 
@@ -21,7 +21,9 @@ def command(
     A name of the list works wherever a command takes a model; [bold]lavish inspect NAME[/bold] shows its layout without
     a download.
     """
-    entries = sorted(ZOO, key=lambda entry: entry.hub_id is not None)  # the bundled one first
+    order = [family.name for family in FAMILIES]
+    # The bundled one first, then family by family.
+    entries = sorted(ZOO, key=lambda entry: (entry.hub_id is not None, order.index(entry.family)))
     if as_json:
         import json
 
@@ -39,7 +41,12 @@ def _print_table(entries: list[ZooEntry]) -> None:
     table.add_column("model", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("good at, licence")
+    family = None
     for entry in entries:
+        if entry.hub_id is not None and entry.family != family:
+            family = entry.family
+            table.add_section()
+            table.add_row(Text(family, "bold"), "", "")
         name = Text.assemble((entry.name, "bold cyan"), "\n", (entry.hub_id or BUNDLED, "dim"))
         size = Text.assemble(human_bytes(entry.num_bytes), "\n", (human_count(entry.num_parameters), "dim"))
         size.append(f"\n{entry.image_size} px", "dim")
@@ -48,5 +55,7 @@ def _print_table(entries: list[ZooEntry]) -> None:
     shown = console()
     shown.print(table)
     shown.print(
-        "\nlavish chat NAME talks with it (hub ids are downloaded), lavish inspect NAME looks inside.", style="dim"
+        "\nlavish chat NAME talks with it, lavish predict NAME asks it about pictures (what has an id is downloaded), "
+        "lavish inspect NAME looks inside.",
+        style="dim",
     )

@@ -41,8 +41,14 @@ def build(
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ConfigError(f"seed must be a whole number from 0 to 2**64 - 1, not {shown(seed)}.")
     fields, where = read_layout(name_or_path)
-    family = table.family(fields.pop("family")) if "family" in fields else table.detect_family(fields, where)
-    config = family.read_config(fields, where, **_without_dots(config_overrides))
+    overrides = _without_dots(config_overrides)
+    if "model" in fields and "architectures" not in fields:  # a model of LAVIS
+        family = table.family_of_layout(fields, where)
+        made = family.outline(None, fields, overrides or None)[0]
+        config, model_class = made.config, type(made)
+    else:
+        family = table.family(fields.pop("family")) if "family" in fields else table.detect_family(fields, where)
+        config, model_class = family.read_config(fields, where, **overrides), family.model_class
     target = torch.device("meta") if device == "meta" else resolve_device(device)
     weight_dtype = resolve_dtype(dtype, _dtype_of(fields), target)
     previous = torch.get_default_dtype()
@@ -52,7 +58,7 @@ def build(
         try:
             torch.set_default_dtype(weight_dtype)
             with target:
-                network = family.model_class(config)
+                network = model_class(config)
         finally:
             torch.set_default_dtype(previous)
     return network.to(weight_dtype).eval()

@@ -103,10 +103,17 @@ def load(
     for name, value in pieces.items():
         _check_piece(name, value)
     folder, adapter = _folders(path_or_hub_id, adapter, base, revision, pieces)
-    if (sample_family := _sample_family(folder, pieces)) is not None:
+    if (samples_of := sample_family(folder, pieces)) is not None:
         refused = {"quantization": quantization, "adapter": adapter, "parallel": parallel, "rope": rope, **pieces}
         return _load_samples(
-            path_or_hub_id, folder, sample_family, dtype, target, config, tokenizer, {**refused, "pack": pack is True}
+            path_or_hub_id,
+            folder,
+            samples_of,
+            dtype,
+            target,
+            config,
+            tokenizer,
+            {**refused, "pack": pack is True},
         )
     overrides = _overrides(config, rope)
     release = open_release(folder, overrides, pieces)
@@ -211,6 +218,13 @@ def _folders(
         if adapter is not None:
             raise ConfigError(f"{folder} is itself an adapter, and adapter= names another; give base= and one adapter.")
         return find_base(folder) if base is None else hub.resolve(base), folder
+    if base is not None and is_adapter(folder):
+        family = table.detect_composite(folder, pieces)
+        names = " and ".join(f"{name}=" for name in family.pieces) if family is not None else ""
+        raise ConfigError(
+            f"base= was given, but {folder} is what was trained of a release in pieces, its adapter one of them: leave "
+            f"base= out and name the pieces that are not beside it with {names}."
+        )
     if base is not None:
         raise ConfigError(f"base= was given, but {folder} is no adapter (no {ADAPTER_CONFIG}); use adapter= for one.")
     return folder, None if adapter is None else hub.resolve(adapter)
@@ -297,7 +311,7 @@ def _single_file(path: Path) -> Path | None:
     return files[0] if len(files) == 1 and not is_other else None
 
 
-def _sample_family(path: Path, pieces: Iterable[str]) -> table.Family | None:
+def sample_family(path: Path, pieces: Iterable[str]) -> table.Family | None:
     """Give the family of a path if it is one of no chat networks."""
     family = find_composite(path, pieces)
     if family is None and (path / "config.json").is_file():

@@ -117,6 +117,11 @@ class Family:
         module, _, name = self.opener.partition(":")
         return attrgetter(name)(import_module(f"{self.package}.{module}"))(checkpoint=path, **options)
 
+    def outline(self, path: Path | None, layout: Mapping[str, Any], config: Any = None) -> tuple[Any, Any, Any]:
+        """Give the network of a family of no chat networks on the meta device, its `TensorMap` and the rules between;
+        of a path, or (path None) of a model type's YAML."""
+        return self._get("samples", "outline")(path, layout, config)
+
     @property
     def pieces(self) -> tuple[str, ...]:
         """Names of the pieces of a composite release."""
@@ -160,12 +165,12 @@ class ZooEntry:
     licence: str
     num_parameters: int
     num_bytes: int
-    """Size of the weights as they are released."""
+    """Size of the weights as they are released; of a file of LAVIS, what its model reads of it."""
     image_size: int
     """Side of the square that every picture is resized to, in pixels."""
     good_at: str
     template: str
-    """The chat template that the release uses by default."""
+    """The chat template that the release uses by default; empty for a model that holds no conversation."""
     tokenizer: str | None = None
     """Hub id of the tokenizer, where the release keeps it apart from the weights."""
 
@@ -256,7 +261,7 @@ FAMILIES: tuple[Family, ...] = (
 _COGVLM = "CogVLM model licence (research; commercial use after registration)"
 _COGVLM2 = "CogVLM2 licence and Meta Llama 3 community licence"
 _QWEN = "Tongyi Qianwen licence (Qwen), BSD-3-Clause (the tower and Q-Former of LAVIS)"
-_QWEN = "Tongyi Qianwen licence (Qwen), BSD-3-Clause (the tower and Q-Former of LAVIS)"
+_BLIP = "BSD-3-Clause (BLIP and LAVIS)"
 _VICUNA = "lmsys/vicuna-7b-v1.5"
 _V1_490, _V1_224, _V2 = 17_639_685_376, 17_637_948_928, 19_503_105_280
 _VIDEO, _VIDEO_BYTES = 12_507_530_496, 25_015_065_088
@@ -412,26 +417,70 @@ ZOO: tuple[ZooEntry, ...] = (
         "chat",
     ),
     ZooEntry(
-        "minigpt4qwen-7b",
-        "minigpt4_qwen",
-        "github:Coobiw/MiniGPT4Qwen",
-        _QWEN,
-        8_815_588_864,
-        17_631_177_728,
-        224,
-        "conversations about images and videos (32 frames), in Chinese and English; comes in pieces",
-        "chat",
+        "blip_caption_base_coco",
+        "blip",
+        "lavis:blip_caption/base_coco",
+        _BLIP,
+        223_971_644,
+        989_780_448,
+        384,
+        "captions of photographs (COCO), in English",
+        "",
     ),
     ZooEntry(
-        "minigpt4qwen-14b",
-        "minigpt4_qwen",
-        "github:Coobiw/MPP-LLaVA",
-        _QWEN,
-        15_262_342_656,
-        30_524_685_312,
+        "blip_caption_large_coco",
+        "blip",
+        "lavis:blip_caption/large_coco",
+        _BLIP,
+        446_290_492,
+        1_879_055_840,
+        384,
+        "the same from the large tower",
+        "",
+    ),
+    ZooEntry(
+        "blip_vqa_vqav2",
+        "blip",
+        "lavis:blip_vqa/vqav2",
+        _BLIP,
+        361_478_972,
+        1_539_811_808,
+        480,
+        "questions about photographs answered in a word or two; ranks given answers (VQAv2)",
+        "",
+    ),
+    ZooEntry(
+        "blip_vqa_okvqa",
+        "blip",
+        "lavis:blip_vqa/okvqa",
+        _BLIP,
+        361_478_972,
+        1_539_811_808,
+        480,
+        "the same where the answer takes knowledge (OK-VQA)",
+        "",
+    ),
+    ZooEntry(
+        "blip_vqa_aokvqa",
+        "blip",
+        "lavis:blip_vqa/aokvqa",
+        _BLIP,
+        361_478_972,
+        1_539_811_808,
+        480,
+        "the same, with reasoning (A-OKVQA)",
+        "",
+    ),
+    ZooEntry(
+        "blip_feature_extractor_base",
+        "blip",
+        "lavis:blip_feature_extractor/base",
+        _BLIP,
+        223_452_418,
+        893_811_724,
         224,
-        "the same on Qwen-14B-Chat; comes in pieces",
-        "chat",
+        "vectors that compare pictures with texts; whether a text belongs to a picture",
+        "",
     ),
 )
 
@@ -461,6 +510,19 @@ def family(name: str) -> Family:
     raise ConfigError(f"No model family {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
 
 
+def family_of_layout(layout: Mapping[str, Any], where: str) -> Family:
+    """Give the family of a model type's YAML, by the name of its model.
+
+    Raises:
+        ConfigError: of none.
+    """
+    arch = str((layout.get("model") or {}).get("arch"))
+    for row in FAMILIES:
+        if row.opener is not None and arch.startswith(row.name):
+            return row
+    raise ConfigError(f"{where}: names the model {arch!r}, which lavish does not know.")
+
+
 def family_of(network: Any) -> Family:
     """Give the family of a network.
 
@@ -468,7 +530,7 @@ def family_of(network: Any) -> Family:
         ConfigError: it is of no family.
     """
     for row in FAMILIES:
-        if type(network).__name__ == row.model:
+        if type(network).__name__ in (row.model, *row.architectures):
             return row
     raise ConfigError(f"{type(network).__name__} is a network of no family of lavish.")
 
@@ -510,9 +572,9 @@ def detect_composite(path: Path, pieces: Iterable[str]) -> Family | None:
     if (path / "config.json").is_file() and any((path / name).exists() for name in hf.WEIGHT_FILES):
         return None
     given = set(pieces)
-    for row in FAMILIES:
-        if given.intersection(row.piece_marks):
-            return row
+    named = [row for row in FAMILIES if given.intersection(row.piece_marks)]
+    if named:  # of pieces of two families: the one that has more of them, which then refuses the rest
+        return max(named, key=lambda row: len(given.intersection(row.pieces)))
     for row in FAMILIES:
         if path.is_file() and any(fnmatch(path.name, pattern.rpartition("/")[2]) for pattern in row.marks):
             return row

@@ -18,12 +18,14 @@ from transformers import BlipConfig, PreTrainedTokenizerBase
 from lavish.checkpoints import hf, lavis
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.checkpoints.loading import load_into
+from lavish.checkpoints.rules import Rule
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError
 from lavish.models.blip.config import (
     ARCHITECTURES,
     SECTIONS,
     TOP_LEVEL,
+    SpecialIds,
     architecture_in,
     check_fields,
     image_size_of,
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 CONFIG, MED_CONFIG = "config.json", "med_config.json"
 PREFIX = "network."
 """Before the names in the `state_dict` of a registered model."""
+BERT_IDS = SpecialIds(bos_token_id=30522, sep_token_id=102, pad_token_id=0)
+"""Of bert-base-uncased with `[DEC]` and `[ENC]`; where no tokenizer is at hand and none is needed."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def open_network(path: str | Path, wanted: Wanted) -> tuple[Any, BlipProcessor]:
         tensors = _read_file(path)
         architecture = wanted.architecture or architecture_of(tensors, str(path))
         tokenizer = _tokenizer(tensors.path.parent, wanted.tokenizer)
-        config = _config_of_file(tensors, architecture, tokenizer, wanted)
+        config = _config_of_file(tensors, architecture, _ids(tokenizer), wanted)
         processor = BlipProcessor.from_config(config, tokenizer, **{**wanted.base_texts, **wanted.given_texts})
     return _load(tensors, config, architecture, wanted), processor
 
@@ -102,6 +106,31 @@ def tell(path: str | Path) -> tuple[str, int]:
         architecture = architecture_of(tensors, str(path))
     sizes = stored_sizes(tensors, rules_for(architecture, tensors))
     return architecture, sizes["vision_config"].get("hidden_size", 0)
+
+
+def outline(path: Path | None, architecture: str, wanted: Wanted) -> tuple[Any, TensorMap | None, tuple[Rule, ...]]:
+    """Give the network of a path without weights, on the meta device, the tensors of its files and the rules between
+    them; nothing is fetched. Without a path: the network of the model type.
+
+    Raises: as `open_network` before the first weight is read.
+    """
+    tensors = None
+    if path is None:
+        fields = layered(wanted.base, check_fields(wanted.given, "config"))
+        config = lavis_config(fields, BERT_IDS, architecture, "config")
+    elif _is_transformers(path):
+        tensors = hf.read(path, allow_absent=True)
+        config = read_config(read_object(path / CONFIG), str(path / CONFIG), **wanted.given)
+    else:
+        tensors = _read_file(path)
+        folder = find_tokenizer(tensors.path.parent)
+        ids = BERT_IDS if folder is None else _ids(load_tokenizer(folder))
+        config = _config_of_file(tensors, architecture, ids, wanted)
+    if tensors is None:
+        return _on_meta(config, architecture), None, ()
+    rules = rules_for(architecture, tensors)
+    _take_stored_grid(config, tensors, rules)
+    return _on_meta(config, architecture), tensors, rules
 
 
 def new_network(architecture: str, wanted: Wanted) -> tuple[Any, BlipProcessor]:
@@ -141,9 +170,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase) -> Any:
     return BlipProcessor(tokenizer).special_ids
 
 
-def _config_of_file(
-    tensors: TensorMap, architecture: str, tokenizer: PreTrainedTokenizerBase, wanted: Wanted
-) -> BlipConfig:
+def _config_of_file(tensors: TensorMap, architecture: str, ids: SpecialIds, wanted: Wanted) -> BlipConfig:
     beside = _beside(tensors.path.parent)
     given = layered(beside, check_fields(wanted.given, "config"))
     sizes = stored_sizes(tensors, rules_for(architecture, tensors)) if given else {}
@@ -159,7 +186,7 @@ def _config_of_file(
     fields = layered(wanted.base, sizes, given)
     if "encoder_hidden_size" not in given.get("text_config", {}):
         fields["text_config"].pop("encoder_hidden_size", None)  # the tower's width, by its config
-    return lavis_config(fields, _ids(tokenizer), architecture, where)
+    return lavis_config(fields, ids, architecture, where)
 
 
 def _beside(folder: Path) -> dict[str, Any]:
@@ -174,11 +201,8 @@ def _beside(folder: Path) -> dict[str, Any]:
 def _load(tensors: TensorMap, config: BlipConfig, architecture: str, wanted: Wanted) -> Any:
     rules = rules_for(architecture, tensors)
     image_size = image_size_of(config)
-    # The network is built for the grid of the file, and resized once its positions are read.
-    stored = stored_sizes(tensors, rules)["vision_config"].get("image_size", image_size)
-    tower_of(config).image_size = stored
-    with torch.device("meta"):
-        network = NETWORKS[architecture](config)
+    stored = _take_stored_grid(config, tensors, rules)
+    network = _on_meta(config, architecture)
     absent = load_into(network, tensors, dtype=wanted.dtype, device=wanted.device, rules=rules)
     complete(network, absent)
     if stored != image_size:
@@ -186,3 +210,16 @@ def _load(tensors: TensorMap, config: BlipConfig, architecture: str, wanted: Wan
         resize_positions(network.vision_model, image_size)
     config.dtype = wanted.dtype
     return network.eval()
+
+
+def _take_stored_grid(config: BlipConfig, tensors: TensorMap, rules: tuple[Rule, ...]) -> int:
+    """Set the picture size to that of the file's positions, and give it: the network is built for the grid of the file,
+    and resized once its positions are read."""
+    stored = stored_sizes(tensors, rules)["vision_config"].get("image_size", image_size_of(config))
+    tower_of(config).image_size = stored
+    return stored
+
+
+def _on_meta(config: BlipConfig, architecture: str) -> Any:
+    with torch.device("meta"):
+        return NETWORKS[architecture](config)

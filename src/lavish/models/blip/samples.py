@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lavish.common.errors import ConfigError, DataError, PromptError, did_you_mean, shown
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
+from lavish.models.blip import opening
 from lavish.models.blip.beam_search import Rules, generate
 from lavish.models.blip.config import ARCHITECTURES, TOP_LEVEL
 from lavish.models.blip.model import IGNORE_INDEX, answer_losses, caption_labels
@@ -104,12 +105,26 @@ class BlipBase(BaseModel):
         dtype: torch.dtype,
         device: str | torch.device,
     ) -> BlipBase:
+        wanted = cls._wanted(section, given, tokenizer, dtype, device)
+        if weights is None:
+            return cls(*new_network(ARCHITECTURES[cls.arch], wanted))
+        return cls(*open_network(local_file(weights), wanted))
+
+    @classmethod
+    def _wanted(
+        cls,
+        section: Mapping[str, Any],
+        given: Mapping[str, Any],
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Wanted:
         for fields in (section, given):
             for key in fields:
                 if key not in SECTION_KEYS:
                     raise ConfigError(f"model.{key} is no setting of {cls.arch!r}.{did_you_mean(key, SECTION_KEYS)}")
         texts = ("prompt", "max_txt_len")
-        wanted = Wanted(
+        return Wanted(
             architecture=ARCHITECTURES[cls.arch],
             base=_fields(section),
             given=_fields(given),
@@ -119,9 +134,6 @@ class BlipBase(BaseModel):
             dtype=dtype,
             device=device,
         )
-        if weights is None:
-            return cls(*new_network(ARCHITECTURES[cls.arch], wanted))
-        return cls(*open_network(local_file(weights), wanted))
 
     def load_checkpoint(self, url_or_filename: str | Path) -> None:
         """Replace the weights by those of another file of the same sizes, strictly.
@@ -573,11 +585,9 @@ def open_model(
         CheckpointError, ConfigError: as `BlipBase.from_pretrained`; or the file is of no BLIP.
     """
     path = local_file(checkpoint)
-    architecture, width = tell(path)
-    cls = MODELS[architecture]
-    is_large = width == LARGE_WIDTH and "large_coco" in cls.PRETRAINED_MODEL_CONFIG_DICT
+    cls, model_type = _told(path)
     model = cls.from_pretrained(
-        "large_coco" if is_large else None,
+        model_type,
         checkpoint=path,
         config=config,
         tokenizer=tokenizer,
@@ -585,3 +595,30 @@ def open_model(
         device=device,
     )
     return model.eval()
+
+
+def outline(path: Path | None, layout: Mapping[str, Any], config: Any = None) -> Any:
+    """Give a path's network on the meta device, its tensors (None without a path) and the rules between them.
+
+    Args:
+        path: as `open_model`, on this machine; None: the network of `layout`.
+        layout: a model type's YAML.
+        config: as `open_model`.
+
+    Raises: as `open_model`, before the first weight is read.
+    """
+    if path is None:
+        section = dict(layout["model"])
+        cls = next(cls for cls in MODELS.values() if cls.arch == section["arch"])
+    else:
+        cls, model_type = _told(path)
+        section = model_section(cls.default_config_path(model_type))
+    return opening.outline(path, ARCHITECTURES[cls.arch], cls._wanted(section, read_fields(config)))
+
+
+def _told(path: Path) -> tuple[Any, str]:
+    """Give the registered model that a path holds, and the model type whose YAML knows its sizes."""
+    architecture, width = tell(path)
+    types = MODELS[architecture].PRETRAINED_MODEL_CONFIG_DICT
+    is_large = width == LARGE_WIDTH and "large_coco" in types
+    return MODELS[architecture], "large_coco" if is_large else next(iter(types))

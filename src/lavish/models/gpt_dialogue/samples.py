@@ -262,8 +262,13 @@ def _tensors(path: Path) -> TensorMap:
 
 
 def _load(path: Path, base: Mapping[str, Any], asked: Mapping[str, Any]) -> GPTDialogueLMHeadModel:
-    """Load a trained file: what the caller asks counts before a config beside it, and that before the type's YAML."""
     tensors = _tensors(path)
+    return _filled(_config(path, tensors, base, asked), tensors, torch.float32, torch.device("cpu")).eval()
+
+
+def _config(path: Path, tensors: TensorMap, base: Mapping[str, Any], asked: Mapping[str, Any]) -> GPTDialogueConfig:
+    """Make the config of a trained file: what the caller asks counts before a config beside it, and that before the
+    type's YAML."""
     stored = stored_sizes(tensors)
     folder = _beside(path, "config.json")
     where = str(tensors.path if folder is None else folder / "config.json")
@@ -278,8 +283,7 @@ def _load(path: Path, base: Mapping[str, Any], asked: Mapping[str, Any]) -> GPTD
     if beside.get("model_type") == "gpt2":  # of plain GPT-2, without the special tokens
         fields["vocab_size"] = stored.get("vocab_size", fields["vocab_size"])
         fields = {name: value for name, value in fields.items() if not name.endswith("_token_id")}
-    config = read_config({**fields, "model_type": "gpt_dialogue"}, where, **{**stored, **asked})
-    return _filled(config, tensors, torch.float32, torch.device("cpu")).eval()
+    return read_config({**fields, "model_type": "gpt_dialogue"}, where, **{**stored, **asked})
 
 
 def _filled(
@@ -301,3 +305,23 @@ def _new(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[GPTDia
     network = GPTDialogueLMHeadModel(read_config(dict(fields), "model")).eval()
     start_from_gpt2(network, hf.read(folder))
     return network, folder
+
+
+def outline(path: Path | None, layout: Mapping[str, Any], config: Any = None) -> Any:
+    """Give a path's network on the meta device, its tensors (None without a path) and the rules between them.
+
+    Args:
+        path: a `.pth` of a LAVIS run or a folder that `save_pretrained` wrote; None: the network of `layout`.
+        layout: a model type's YAML; empty: that of the type "base".
+        config: fields to replace.
+
+    Raises: as `GPTDialogue.from_pretrained`, before the first weight is read.
+    """
+    section = layout["model"] if layout else model_section(GPTDialogue.default_config_path("base"))
+    fields = {name: value for name, value in section.items() if name not in SECTION_KEYS}
+    asked = {name: value for name, value in read_fields(config).items() if name not in SECTION_KEYS}
+    _check_keys(fields | asked)
+    tensors = None if path is None else _tensors(path)
+    made = read_config(fields, "model", **asked) if path is None else _config(path, tensors, fields, asked)
+    with torch.device("meta"):
+        return GPTDialogueLMHeadModel(made), tensors, RULES
