@@ -78,13 +78,17 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": norma
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `lavish` with the arguments of the process, or these, and give the exit status."""
+    from lavish.cli.processes import one_voice
+
     sys.excepthook = _report_fault
+    given = list(sys.argv[1:] if arguments is None else arguments)
     app = typer.Typer(
         cls=Commands, add_completion=False, rich_markup_mode="rich", no_args_is_help=True, context_settings=SETTINGS
     )
     app.callback()(_options)
     try:
-        typer.main.get_command(app).main(args=arguments, prog_name="lavish")
+        with one_voice(given):
+            typer.main.get_command(app).main(args=given, prog_name="lavish", obj=given)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,10 +13,14 @@ from lavish.cli.terminal import say
 from lavish.cli.wording import LANGUAGES, WORDINGS, choose_language
 from lavish.common.errors import ConfigError, did_you_mean
 
+if TYPE_CHECKING:
+    from lavish.inference.vlm import VLM
+
 RELEASED = "Names of the released demos"
 
 
 def command(
+    context: typer.Context,
     model: options.Model = None,
     image: Annotated[
         str | None, typer.Option("--image", "-i", metavar="FILE", help="Image, path or URL; without it you are asked.")
@@ -43,6 +48,7 @@ def command(
     base: options.Base = None,
     piece: options.Pieces = None,
     config: options.Config = None,
+    tensor_parallel: options.TensorParallel = None,
     from_pretrained: Annotated[
         str | None,
         typer.Option("--from-pretrained", metavar="MODEL", rich_help_panel=RELEASED, help="The same as MODEL."),
@@ -81,6 +87,7 @@ def command(
         "seed": seed,
         "grounding": grounding,
     }
+    from lavish.cli import processes
     from lavish.cli.dialogue import COMMANDS, Dialogue, check_template, video_path
     from lavish.cli.loading import describe, load_model
     from lavish.cli.screen import Pipes, Terminal
@@ -95,37 +102,45 @@ def command(
         if image is not None and video is not None:
             raise ConfigError("--image and --video contradict each other; a conversation is about one of them.")
         clip = None if video is None else video_path(video)
-    vlm = load_model(
-        name,
-        dtype=dtype,
-        device=device,
-        quantization=quantization,
-        tokenizer=tokenizer,
-        adapter=adapter,
-        base=base,
-        pieces=piece,
-        config=config,
-        words=(words.loading, words.loaded),
-    )
-    if "chat" not in vlm.capabilities:
-        raise ConfigError(
-            f"{name} holds no conversation: it can {' and '.join(vlm.capabilities)}. Ask it with lavish predict "
-            f"{name} --image FILE --question TEXT; without a question it captions."
+
+    def load() -> VLM:
+        vlm = load_model(
+            name,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            tokenizer=tokenizer,
+            adapter=adapter,
+            base=base,
+            pieces=piece,
+            config=config,
+            words=(words.loading, words.loaded),
         )
-    is_terminal = sys.stdin.isatty()
-    screen = Terminal(COMMANDS) if is_terminal else Pipes()
-    if is_terminal:
-        say(f"{describe(vlm)}\n{words.hints}\n", style="dim")
-    dialogue = Dialogue(
-        vlm,
-        screen,
-        words,
-        generation=generation,
-        template=template,
-        name=(name or "pocket").rstrip("/").rpartition("/")[2],
-        asks_nothing_first=no_prompt,
-    )
-    return dialogue.run(image, clip)
+        if "chat" not in vlm.capabilities:
+            raise ConfigError(
+                f"{name} holds no conversation: it can {' and '.join(vlm.capabilities)}. Ask it with lavish predict "
+                f"{name} --image FILE --question TEXT; without a question it captions."
+            )
+        return vlm
+
+    def talk(load: Callable[[], VLM]) -> int:
+        vlm = load()
+        is_terminal = sys.stdin.isatty()
+        screen = Terminal(COMMANDS) if is_terminal else Pipes()
+        if is_terminal:
+            say(f"{describe(vlm)}\n{words.hints}\n", style="dim")
+        dialogue = Dialogue(
+            vlm,
+            screen,
+            words,
+            generation=generation,
+            template=template,
+            name=(name or "pocket").rstrip("/").rpartition("/")[2],
+            asks_nothing_first=no_prompt,
+        )
+        return dialogue.run(image, clip)
+
+    return processes.run(tensor_parallel, context.find_root().obj, device, load, talk)
 
 
 def _language(language: str | None, *, chinese: bool, english: bool) -> str | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lavish.checkpoints import hub
 from lavish.cli.terminal import human_bytes, human_seconds, say, working
+from lavish.common import dist
 from lavish.common.errors import ConfigError, did_you_mean, shown
 from lavish.models import ZooEntry, model_zoo
 
@@ -113,7 +114,8 @@ def load_model(
 ) -> VLM:
     """Load a model by path, hub id, zoo name, or the bundled one, and say so on stderr.
 
-    A CogVLM v1 release keeps its tokenizer apart: it is fetched from where the zoo says, unless one is named.
+    A CogVLM v1 release keeps its tokenizer apart: it is fetched from where the zoo says, unless one is named. Among
+    several processes of torchrun each loads its share.
 
     Raises: as `lavish.load`.
     """
@@ -144,6 +146,7 @@ def load_model(
             quantization=quantization,
             tokenizer=tokenizer,
             pack="auto",
+            parallel="tensor" if dist.world_size() > 1 else None,
             **others,  # pyright: ignore[reportArgumentType]
         )
     say(words[1].format(name=name, time=human_seconds(time.monotonic() - started_s)), style="dim")

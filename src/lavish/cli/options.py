@@ -111,6 +111,16 @@ Config = Annotated[
         "--config", metavar="FILE", rich_help_panel=LOADING, help="JSON or YAML with fields that the files do not say."
     ),
 ]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel",
+        min=1,
+        metavar="N",
+        rich_help_panel=LOADING,
+        help="Share the model among N processes, one a GPU or on the CPU, and start them; torchrun starts them too.",
+    ),
+]
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", show_default=False, help="The YAML file of the run.")]
 More = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +27,7 @@ SHOWN_FAILURES = 20
 
 
 def command(
+    context: typer.Context,
     model: options.Model = None,
     inputs: Annotated[
         str | None, typer.Argument(metavar="INPUT", show_default=False, help="The same as --input.")
@@ -72,6 +73,7 @@ def command(
     base: options.Base = None,
     piece: options.Pieces = None,
     config: options.Config = None,
+    tensor_parallel: options.TensorParallel = None,
 ) -> int:
     """Ask one question about one image, or one about each of many.
 
@@ -122,22 +124,29 @@ def command(
     loading: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "tokenizer": tokenizer}
     more = {"adapter": adapter, "base": base, "pieces": piece, "config": config}
     loading |= {name: value for name, value in more.items() if value is not None}
-    if questions is None:
-        _ask_one(model, image, video, question or "", generation, {**loading, "device": device})
-        return 0
-    answers = Answers(None if output is None or str(output) == "-" else output)
-    settings = {"model": model or "pocket", **generation, **loading}
-    answers.open(questions, settings, overwrite=overwrite, retry_failed=retry_failed)
-    with closing(answers):
-        for note in answers.notes:
-            say(note)
-        if all(item.id in answers.done for item in questions):
-            return _report(answers, questions, 0.0)
+    from lavish.cli import processes
+
+    def load() -> VLM:
         from lavish.cli.loading import load_model
 
-        vlm = load_model(model, device=device, **loading)
-        run = Run(vlm, answers, model or "pocket", generation, batch_size, allow_urls=allow_urls)
-        return run.ask_all(questions)
+        return load_model(model, device=device, **loading)
+
+    def ask(load: Callable[[], VLM]) -> int:
+        if questions is None:
+            _ask_one(load, image, video, question or "", generation)
+            return 0
+        answers = Answers(None if output is None or str(output) == "-" else output)
+        settings = {"model": model or "pocket", **generation, **loading}
+        answers.open(questions, settings, overwrite=overwrite, retry_failed=retry_failed)
+        with closing(answers):
+            for note in answers.notes:
+                say(note)
+            if all(item.id in answers.done for item in questions):
+                return _report(answers, questions, 0.0)
+            run = Run(load(), answers, model or "pocket", generation, batch_size, allow_urls=allow_urls)
+            return run.ask_all(questions)
+
+    return processes.run(tensor_parallel, context.find_root().obj, device, load, ask)
 
 
 def _one_source(inputs: str | None, source: str | None) -> str | None:
@@ -178,22 +187,15 @@ def _check_model(model: str | None) -> None:
 
 
 def _ask_one(
-    model: str | None,
-    image: str | None,
-    video: str | None,
-    question: str,
-    generation: dict[str, Any],
-    loading: dict[str, Any],
+    load: Callable[[], VLM], image: str | None, video: str | None, question: str, generation: dict[str, Any]
 ) -> None:
     from lavish.cli.dialogue import plain_path, video_path
-    from lavish.cli.loading import load_model
     from lavish.common.media import open_image
 
     # Before the model: a wrong path is found at once. The user typed it, so it may be a URL.
     picture = None if image is None else open_image(plain_path(image), allow_urls=True)
     clip = None if video is None else video_path(video)
-    vlm = load_model(model, **loading)
-    text = ask_alone(vlm, picture, question, generation, video=clip)
+    text = ask_alone(load(), picture, question, generation, video=clip)
     print(CONTROL.sub("", text) if sys.stdout.isatty() else text)
 
 
