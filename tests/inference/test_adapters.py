@@ -1,6 +1,7 @@
 """PEFT adapters through lavish.load."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +88,12 @@ def test_adapters_that_are_refused(v2, adapter, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no adapter_config\.json"):
         lavish.load(v2.folder, adapter=tmp_path / "empty")
+
+
+def test_an_adapter_of_another_family(v2):
+    other = Path(__file__).parents[1] / "fixtures/glm4v/open/adapter"
+    with pytest.raises(MissingKeys, match=r"none of its \d+ tensors .* in this CogVLM.*of another family or size"):
+        lavish.load(v2.folder, adapter=other, device="cpu")
 
 
 def test_an_adapter_finds_its_base(v2, adapter, tmp_path):

@@ -340,6 +340,20 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
         lavish.load(release)
 
 
+def test_the_base_of_a_trained_folder_is_its_pieces() -> None:
+    with pytest.raises(ConfigError, match=r"leave base= out and name the pieces .* with vision_tower= and llm="):
+        lavish.load(TRAINED, base=LLM)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_a_lora_without_its_config(tmp_path: Path, name: str) -> None:
+    folder = copied(tmp_path) / "checkpoint-27000"
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_model.bin").rename(folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name} is there and adapter_config\.json is not"):
+        lavish.load(folder.parent)
+
+
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     release = copied(tmp_path)
     (release / "Qwen-7B-Chat/qwen.tiktoken").write_bytes(b"\x0a\x0e\x0a\x04<unk>")

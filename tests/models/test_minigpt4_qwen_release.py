@@ -233,6 +233,10 @@ def test_absent_pieces_are_named(tmp_path):
             lavish.load(TRAINED, config=HEADS, **given)
     folder = side_by_side(tmp_path / "release")
     (folder / "checkpoint_9.pth").unlink()
+    without_tower = side_by_side(tmp_path / "without_tower")
+    next(without_tower.glob("**/eva*.pth")).unlink()
+    with pytest.raises(ConfigError, match=r"'eva' is absent; nothing in that folder is one\. Name it: eva=\.\.\."):
+        lavish.load(without_tower, config=HEADS)
     with pytest.raises(ConfigError, match="the piece that was trained is absent"):
         lavish.load(folder, config=HEADS)
     with pytest.raises(ConfigError, match=r"vision_config\.num_attention_heads.*config="):
@@ -255,6 +259,8 @@ def test_pieces_given_twice(tmp_path):
 def test_wrong_pieces(tmp_path):
     with pytest.raises(CheckpointError, match="no EVA-ViT"):
         load(TRAINED, eva=PIECES["blip2"])
+    with pytest.raises(ConfigError, match=r"got 'vision_tower': .* the family 'minigpt4_qwen' has the pieces"):
+        load(TRAINED, vision_tower=PIECES["eva"])
     with pytest.raises(CheckpointError, match=r"'query_tokens' is in none of the pieces"):
         load(TRAINED, blip2=PIECES["eva"])
     with pytest.raises(MissingKeys, match=r"'projector\.weight'"):

@@ -63,6 +63,8 @@ def find_piece(name: str, path: Path, pieces: Mapping[str, Path], here: Iterable
     if len(found) > 1:
         raise ConfigError(f"{path} holds the piece {name!r} twice: {found[0]} and {found[1]}. Name one: {name}=...")
     if not found:
-        looked = ", ".join(str(place) for place in places) or "nowhere: such a file does not hold it"
-        raise ConfigError(f"{path}: the piece {name!r} is absent; looked for {looked}. Name it: {name}=...")
+        looked = ", ".join(str(place) for place in places)
+        nothing = "nothing in that folder is one" if path.is_dir() else "such a file does not hold it"
+        where = f"looked for {looked}" if looked else nothing
+        raise ConfigError(f"{path}: the piece {name!r} is absent; {where}. Name it: {name}=...")
     return found[0]

@@ -125,6 +125,11 @@ def _fill(model: Any, name: str, found: dict[str, Any], weights: Path) -> None:
 
     expected = get_peft_model_state_dict(model, adapter_name=name)
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if found and expected.keys().isdisjoint(found):
+        raise MissingKeys(
+            f"{weights}: none of its {len(found)} tensors (first {unexpected[0]!r}) has a place in this "
+            f"{_called(model)}, whose first is {missing[0]!r}; so it is of another family or size."
+        )
     if missing:
         raise MissingKeys(
             f"{weights}: {len(missing)} of {len(expected)} adapter tensors are absent, first {missing[0]!r}."

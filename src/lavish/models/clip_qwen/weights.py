@@ -28,7 +28,7 @@ from lavish.processors.qwen_tokenizer import load_qwen_tokenizer, special_ids
 PIECES = ("vision_tower", "llm")
 """Beside the folder that was trained; its `base_model_name_or_path` is of the machine that trained it."""
 PROJECTOR_FILE = "other_params.bin"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 _TOWER, _IN_CLIP = "vision_tower", "vision_tower.vision_model"
 RULES: tuple[Rule, ...] = (
@@ -103,7 +103,7 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
         fields["repetition_penalty"] = answering["repetition_penalty"]
     # Its eos is <|endoftext|>; the chat model ends with <|im_end|>. The config's list says all.
     sampling = {name: value for name, value in answering.items() if name != "eos_token_id"}
-    adapter = trained if (trained / ADAPTER_CONFIG).is_file() else None
+    adapter = _adapter(trained)
     return Release(fields, tensors, llm, load_qwen_tokenizer, sampling, adapter=adapter)
 
 
@@ -174,6 +174,18 @@ def _trained(path: Path) -> Path:
             "are found."
         )
     return found[0]
+
+
+def _adapter(trained: Path) -> Path | None:
+    """Give the trained folder if it holds a LoRA too; one without its config would not be what was trained."""
+    if (trained / ADAPTER_CONFIG).is_file():
+        return trained
+    if found := next((name for name in ADAPTER_FILES if (trained / name).is_file()), None):
+        raise CheckpointError(
+            f"{trained}: {found} is there and {ADAPTER_CONFIG} is not, so the LoRA cannot be read. Fetch that file "
+            f"too; for the model without its LoRA move {found} elsewhere."
+        )
+    return None
 
 
 def _piece(name: str, path: Path, pieces: Mapping[str, Path], beside: Iterable[Path], *model_types: str) -> Path:
