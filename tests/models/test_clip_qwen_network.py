@@ -389,6 +389,24 @@ def test_an_adapter_that_lavish_saved(tmp_path: Path) -> None:
         tolerance.qwen_logits(released.model(**inputs).logits[0], tensors()["lora_logits_cap_zh"])
 
 
+def test_a_network_with_its_lora_is_saved_and_loaded_again(tmp_path: Path) -> None:
+    vlm = load()
+    with torch.no_grad():
+        vlm.model.get_base_model().projector[2].bias += 0.5  # as after a training
+    inputs = processor().apply_chat_template(messages("cap_zh"))
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        vlm.model.save_pretrained(folder)
+        vlm.processor.save_pretrained(folder)
+        again = lavish.load(folder)
+        assert again.adapters == ("default",)
+        with torch.no_grad():
+            tolerance.qwen_logits(again.model(**inputs).logits, vlm.model(**inputs).logits)
+        vlm = again
+    elsewhere = lavish.load(tmp_path / "second", llm=LLM, vision_tower=TOWER)
+    with torch.no_grad():
+        tolerance.qwen_logits(elsewhere.model(**inputs).logits, vlm.model(**inputs).logits)
+
+
 # -- real and odd sizes ------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,8 @@ class Release:
     """Of a generation_config.json: eos_token_id, temperature, top_p ..."""
     adapter: Path | None = None
     """Folder of the LoRA that the release consists of too; None: it has none."""
+    adapted: Callable[[Any], None] | None = None
+    """Called with the network once an adapter is on it."""
 
 
 def merged(path: Path, parts: Iterable[tuple[str, TensorMap]]) -> TensorMap:

@@ -78,7 +78,8 @@ def load(
         pack: put the weights into the CPU's own layout: the same values, read faster. Such a network cannot be trained,
           quantised, adapted or moved to a GPU; it is saved as any other. "auto": bfloat16 on a CPU, where it pays in
           every step; `lavish chat` and `lavish predict` ask for that.
-        adapter: folder of a PEFT adapter to put on the network; it is not merged.
+        adapter: folder of a PEFT adapter to put on the network; it is not merged. On a quantised network it stays in
+          float.
         base: where the base is, if `path_or_hub_id` is itself an adapter's folder; default: what its
           adapter_config.json says.
         tokenizer: folder or hub id of the tokenizer (CogVLM v1 has its own apart), or a tokenizer.
@@ -125,10 +126,6 @@ def load(
     is_quantized = release.is_int8 or quantization is not None
     if release.is_int8 or quantization == INT8:
         warn_if_slow(weight_dtype, target)
-    if adapter is not None and is_quantized:
-        raise ConfigError(
-            "adapter= with quantization= is not possible: merge the adapter, save, and quantise the result."
-        )
     is_packed = packing.should_pack(
         pack, dtype=weight_dtype, device=target, is_quantized=is_quantized, has_adapter=adapter is not None
     )
@@ -141,6 +138,8 @@ def load(
         network = _load_network(release, weight_dtype, target, quantization, quantize_vision)
     if adapter is not None:
         network = apply_adapter(network, Path(adapter), native=release.family.native_adapter)
+        if release.release is not None and release.release.adapted is not None:
+            release.release.adapted(network)
     if is_packed:
         packing.pack(network)
     register()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -75,7 +76,7 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
     """Open the three folders of a release as one.
 
     `path` is a folder that holds them side by side, or the one that was trained (`other_params.bin`, and mostly a
-    LoRA), with the others beside it or named by `vision_tower=` and `llm=`.
+    LoRA), with the others beside it, named by `vision_tower=` and `llm=`, or where the LoRA's config has its base.
 
     Raises:
         ConfigError: a piece is absent, there twice, or of another kind.
@@ -83,8 +84,9 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
     """
     trained = _trained(path)
     beside = sorted(entry for entry in (path if trained != path else path.parent).iterdir() if entry.is_dir())
-    vision_folder = _piece("vision_tower", path, pieces, beside, "clip", "clip_vision_model")
-    llm = _piece("llm", path, pieces, beside, "qwen")
+    recorded = _recorded(trained)
+    vision_folder = _piece("vision_tower", path, pieces, (beside, recorded), "clip", "clip_vision_model")
+    llm = _piece("llm", path, pieces, (beside, recorded), "qwen")
     projector = hf.read(trained / PROJECTOR_FILE)
     tensors = merged(path, [("", hf.read(llm)), (f"{_TOWER}.", hf.read(vision_folder)), ("projector.", projector)])
     answering = read_optional_object(llm / "generation_config.json")
@@ -104,7 +106,8 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
     # Its eos is <|endoftext|>; the chat model ends with <|im_end|>. The config's list says all.
     sampling = {name: value for name, value in answering.items() if name != "eos_token_id"}
     adapter = _adapter(trained)
-    return Release(fields, tensors, llm, load_qwen_tokenizer, sampling, adapter=adapter)
+    adapted = partial(_save_together, llm)
+    return Release(fields, tensors, llm, load_qwen_tokenizer, sampling, adapter=adapter, adapted=adapted)
 
 
 def native_adapter(fields: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,7 +141,6 @@ def save_trained(model: Any, folder: str | Path) -> None:
     """
     folder = Path(folder)
     has_lora = hasattr(model, "peft_config")  # a PeftModel has it
-    projector = (model.get_base_model() if has_lora else model).projector.state_dict()
     fields: dict[str, Any] = {}
     lora: dict[str, Any] = {}
     if has_lora:
@@ -151,7 +153,7 @@ def save_trained(model: Any, folder: str | Path) -> None:
         }
         fields, lora = released_lora(model.peft_config[name].to_dict(), found)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({key: value.detach().cpu().clone() for key, value in projector.items()}, folder / PROJECTOR_FILE)
+    _save_projector(model.get_base_model() if has_lora else model, folder)
     if has_lora:
         torch.save({key: value.clone() for key, value in lora.items()}, folder / "adapter_model.bin")
         text = json.dumps(fields, default=sorted, indent=2)  # the only values that JSON lacks are sets
@@ -188,13 +190,45 @@ def _adapter(trained: Path) -> Path | None:
     return None
 
 
-def _piece(name: str, path: Path, pieces: Mapping[str, Path], beside: Iterable[Path], *model_types: str) -> Path:
-    """Give the folder of a piece: the named one, or the one beside whose config.json has the model_type."""
-    here = [
-        folder
-        for folder in beside
-        if read_optional_object(folder / "config.json").get("model_type") in model_types and name not in pieces
-    ]
+def _recorded(trained: Path) -> list[Path]:
+    """Give the base that a LoRA's config names and what lies beside it, where it is on this machine."""
+    name = read_optional_object(trained / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not Path(name).is_absolute() or not Path(name).is_dir():
+        return []
+    return sorted(entry for entry in Path(name).parent.iterdir() if entry.is_dir())
+
+
+def _save_together(llm: Path, model: Any) -> None:
+    """Let `save_pretrained` of a network with a LoRA write the projector too, and where the LLM is."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(llm.resolve())
+    model.save_pretrained = partial(_save_lora_and_projector, model)
+
+
+def _save_lora_and_projector(model: Any, save_directory: str | Path, **options: Any) -> None:
+    # peft would look for the base's config on the hub, to see whether its embeddings grew.
+    type(model).save_pretrained(model, str(save_directory), **{"save_embedding_layers": False, **options})
+    _save_projector(model.get_base_model(), Path(save_directory))
+
+
+def _save_projector(network: Any, folder: Path) -> None:
+    stored = {key: value.detach().cpu().clone() for key, value in network.projector.state_dict().items()}
+    torch.save(stored, folder / PROJECTOR_FILE)
+
+
+def _piece(
+    name: str, path: Path, pieces: Mapping[str, Path], places: Iterable[Iterable[Path]], *model_types: str
+) -> Path:
+    """Give the folder of a piece: the named one, or the one in the first of `places` that has any whose config.json is
+    of the model_type."""
+    here: list[Path] = []
+    for folders in places:
+        if name not in pieces and not here:
+            here = [
+                folder
+                for folder in folders
+                if read_optional_object(folder / "config.json").get("model_type") in model_types
+            ]
     folder = find_piece(name, path, pieces, here)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{name}={str(folder)!r} has no config.json; give the folder of the released {name}.")
