@@ -177,3 +177,36 @@ def test_bad_pictures(loaded, name, tmp_path):
     content = [{"type": "image", "image": str(tmp_path / "img.png")}, {"type": "text", "text": "?"}]
     with pytest.raises(MediaError):
         loaded(name).chat([{"role": "user", "content": content}])
+
+
+def test_the_context_of_glm4v_is_counted_in_positions():
+    """A picture takes three positions, however many slots it has; the last position may be used."""
+    messages, free = ask("Hello", 0), load_tiny("glm4v_9b")
+    inputs = free.processor.apply_chat_template(messages)
+    slots = inputs["input_ids"].shape[1]
+    prompt = int(free.model.position_ids_from(inputs["input_ids"], None)[0, -1]) + 1
+    assert prompt == slots - free.processor.num_image_tokens + 3 < slots
+    expected = free.chat(messages, max_new_tokens=4).token_ids
+    tight = lavish.load(TINY["glm4v_9b"].folder, device="cpu", config={"seq_length": prompt + 4})
+    assert tight.chat(messages, max_new_tokens=4).token_ids == expected
+    assert tight.batch([messages], max_new_tokens=4)[0].token_ids == expected
+    assert len(tight.chat(messages).token_ids) <= 4
+    words = rf"takes {prompt} positions .*max_new_tokens=5 that is more than the {prompt + 4} .*at most 4 new tokens"
+    with pytest.raises(PromptError, match=words):
+        tight.chat(messages, max_new_tokens=5)
+    full = lavish.load(TINY["glm4v_9b"].folder, device="cpu", config={"seq_length": prompt})
+    with pytest.raises(PromptError, match=f"takes {prompt} positions"):
+        full.chat(messages)
+    longer = [*messages, {"role": "assistant", "content": "yes"}, *ask("x")]
+    with pytest.raises(PromptError, match="positions"):
+        full.batch([ask("Hello"), longer])
+
+
+def test_the_context_of_the_others_is_counted_in_slots():
+    messages = ask("Hello", 0)
+    free = load_tiny("cogvlm")
+    slots = len(free.processor.apply_chat_template(messages)["input_ids"][0])
+    tight = lavish.load(TINY["cogvlm"].folder, device="cpu", config={"max_position_embeddings": slots + 4})
+    assert tight.chat(messages, max_new_tokens=4).token_ids == free.chat(messages, max_new_tokens=4).token_ids
+    with pytest.raises(PromptError, match=f"has {slots} tokens, image slots included"):
+        tight.chat(messages, max_new_tokens=5)

@@ -5,7 +5,9 @@ Several may be on one network, one of them active; `VLM` has the calls that swit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
 
     Raises:
         ConfigError: an adapter of another kind than LoRA or for another family, a name that is taken, or a network
-            that takes none (quantised, packed, or a share of one).
+            that takes none (packed, or a share of one); on a quantised one, an adapter that reads the base's weights.
         CheckpointError: its files are absent or damaged, or its tensors do not fit the network.
         MissingDependency: peft is not installed.
     """
@@ -94,15 +96,20 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
     if native is not None:
         fields, found = native(fields, found)
     config = LoraConfig(**_lora_fields(folder, fields, LoraConfig))
+    if is_quantized(network):
+        _check_plain(folder, fields)
+        config._register_custom_module(_layers_over_quantized())
     is_first = not isinstance(network, PeftModel)
     if not is_first and name in network.peft_config:
         raise ConfigError(f"An adapter {name!r} is on the network already; give the new one another name.")
     try:
-        if is_first:
-            model = get_peft_model(network, config, adapter_name=name)
-        else:
-            model = network
-            model.add_adapter(name, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type .*Int8Linear")  # registered above
+            if is_first:
+                model = get_peft_model(network, config, adapter_name=name)
+            else:
+                model = network
+                model.add_adapter(name, config)
     except ValueError as error:  # what peft raises when no layer has a name of target_modules
         raise ConfigError(
             f"{folder}: does not fit this {_called(network)}, so it is of another family or size: {error}"
@@ -147,13 +154,38 @@ def _called(network: Any) -> str:
     return type(inner).__name__
 
 
+def is_quantized(network: nn.Module) -> bool:
+    """Tell whether a network has int8 or nf4 layers; adapters lie on them in float, and cannot be merged into them."""
+    bitsandbytes = sys.modules.get("bitsandbytes")  # without it there is no nf4 layer
+    kinds = (Int8Linear,) if bitsandbytes is None else (Int8Linear, bitsandbytes.nn.Linear4bit)
+    return any(isinstance(layer, kinds) for layer in network.modules())
+
+
+def _layers_over_quantized() -> dict[type[nn.Module], Any]:
+    """Give peft's layer for each kind of quantised layer; it knows Linear4bit only in networks that transformers
+    quantised."""
+    from peft.tuners import lora
+
+    layers: dict[type[nn.Module], Any] = {Int8Linear: lora.Linear}
+    if (bitsandbytes := sys.modules.get("bitsandbytes")) is not None:
+        layers[bitsandbytes.nn.Linear4bit] = lora.Linear4bit
+    return layers
+
+
+def _check_plain(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse adapters that read or change the weights that they lie on."""
+    start = fields.get("init_lora_weights")
+    if fields.get("use_dora") or (isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva")):
+        what = "use_dora" if fields.get("use_dora") else f"init_lora_weights {start!r}"
+        raise ConfigError(
+            f"{folder / ADAPTER_CONFIG}: {what} reads the weights of the base, which are quantised. Merge the adapter "
+            "into the float base, save, and quantise the result."
+        )
+
+
 def _check_network(network: nn.Module) -> None:
     """Refuse networks whose layers peft does not know."""
     for layer in network.modules():
-        if isinstance(layer, Int8Linear) or type(layer).__name__ == "Linear4bit":  # bitsandbytes may not be there
-            raise ConfigError(
-                "adapter= with quantization= is not possible: merge the adapter, save, and quantise the result."
-            )
         if isinstance(layer, PackedLinear):
             raise ConfigError("A packed network takes no adapter; load it without pack=.")
         if isinstance(layer, RowwiseLinear | GatheredLinear):

@@ -157,6 +157,16 @@ class DecoderSteps:
         return torch.tensor(rows, device=self.device)
 
 
+def slots_beyond_positions(network: Any, prompt: Prompt) -> int:
+    """Give how many slots of a prompt take no position of their own: GLM-4V lays a picture's 1,600 patches on one, and
+    its context is counted in positions. 0 for CogVLM, whose context is counted in slots.
+    """
+    if not isinstance(network, ChatNetwork):
+        return 0
+    position_ids = network.position_ids_from(torch.tensor([prompt.token_ids]), None)
+    return len(prompt) - int(position_ids[0, -1]) - 1
+
+
 def steps_for(network: nn.Module) -> CogVLMSteps | DecoderSteps:
     """Give the steps of a network.
 

@@ -101,13 +101,15 @@ class GenerationOptions:
         """True if the answer is the most probable token each time."""
         return not self.samples or self.top_k == 1
 
-    def num_new_tokens(self, prompt_tokens: int, context_tokens: int) -> int:
+    def num_new_tokens(self, prompt_tokens: int, context_tokens: int, spare: int = 0) -> int:
         """Give how many tokens may be generated after a prompt, both in cache slots (an image fills many).
+
+        `spare` slots of the prompt take nothing of the context: those of an image that share one position.
 
         Raises:
             PromptError: prompt and answer do not fit into the context.
         """
-        room = context_tokens - prompt_tokens
+        room = context_tokens + spare - prompt_tokens
         wanted = self.max_new_tokens
         if self.max_length is not None:
             wanted = self.max_length - prompt_tokens
@@ -119,8 +121,11 @@ class GenerationOptions:
         if room < (wanted or 1):
             asked = f"max_new_tokens={shown(wanted)}" if wanted else "an answer"
             advice = f" or ask for at most {room} new tokens" if room > 0 else ""
+            takes = f"has {prompt_tokens} tokens, image slots included"
+            if spare:
+                takes = f"takes {prompt_tokens - spare} positions (slots of an image share them)"
             raise PromptError(
-                f"The prompt has {prompt_tokens} tokens, image slots included; with {asked} that is more than the "
+                f"The prompt {takes}; with {asked} that is more than the "
                 f"{context_tokens} that this model holds. Shorten the conversation{advice}."
             )
         return wanted or min(room, DEFAULT_MAX_NEW_TOKENS)

@@ -26,9 +26,9 @@ from lavish.common.errors import (
     did_you_mean,
     shown,
 )
-from lavish.inference.adapters import NativeAdapter, apply_adapter
+from lavish.inference.adapters import NativeAdapter, apply_adapter, is_quantized
 from lavish.inference.cache import SliceCache
-from lavish.inference.decoder_steps import steps_for
+from lavish.inference.decoder_steps import slots_beyond_positions, steps_for
 from lavish.inference.options import GenerationOptions, parse_options, read_sampling_defaults
 from lavish.inference.reuse import Conversation, ConversationStore, FeatureCache, pixel_digest, slots_per_image
 from lavish.inference.sampling import Sampler, likeliest
@@ -251,7 +251,7 @@ class VLM:
         """
         options = parse_options(generation, self._sampling_defaults)
         prompt = self._prompt(messages, options)
-        return ReplyStream(self, prompt, options, options.num_new_tokens(len(prompt), self._steps.context_tokens))
+        return ReplyStream(self, prompt, options, self._num_new_tokens(prompt, options))
 
     def batch(self, conversations: Sequence[Sequence[Any]], *, batch_size: int = 8, **generation: Any) -> list[Reply]:
         """Answer many conversations, `batch_size` at a time, in their order; each as `chat` would, token for token.
@@ -274,7 +274,7 @@ class VLM:
         for index, messages in enumerate(conversations):
             try:
                 prompts.append(self._prompt(messages, options))
-                limits.append(options.num_new_tokens(len(prompts[-1]), self._steps.context_tokens))
+                limits.append(self._num_new_tokens(prompts[-1], options))
             except (PromptError, MediaError) as error:
                 raise type(error)(f"Conversation {index} of {len(conversations)}: {error}") from error
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
@@ -358,10 +358,15 @@ class VLM:
         """Add the active adapter to the weights for good, and take all others off.
 
         Raises:
-            ConfigError: no adapter is active.
+            ConfigError: no adapter is active, or the weights are quantised.
         """
         if self._active is None:
             raise ConfigError("No adapter is active, so there is none to merge; choose one with set_adapter(name).")
+        if is_quantized(self.model):
+            raise ConfigError(
+                "An adapter cannot be merged into quantised weights. Load without quantization=, merge, save, and "
+                "quantise the result."
+            )
         self.model = self.model.merge_and_unload(adapter_names=[self._active])
         self._active = None
         self._forget()
@@ -414,12 +419,17 @@ class VLM:
             digests=() if pixel_values is None else tuple(pixel_digest(pixels) for pixels in pixel_values),
         )
 
+    def _num_new_tokens(self, prompt: Prompt, options: GenerationOptions) -> int:
+        spare = slots_beyond_positions(self._steps.network, prompt)
+        return options.num_new_tokens(len(prompt), self._steps.context_tokens, spare)
+
     def _begin(self, prompt: Prompt) -> tuple[Conversation, int]:
         """Give a conversation whose cache holds the first tokens of the prompt, and how many."""
         token_ids, token_type_ids = prompt.token_ids, prompt.token_type_ids
         request_state = self._steps.request_state(len(prompt))
         kept, num_cached = self.conversations.take(token_ids, token_type_ids, prompt.digests, request_state)
-        capacity = min(len(prompt) + _FIRST_ANSWER_TOKENS, self._steps.context_tokens)
+        context = self._steps.context_tokens + slots_beyond_positions(self._steps.network, prompt)
+        capacity = min(len(prompt) + _FIRST_ANSWER_TOKENS, context)
         cache = SliceCache(self._steps.num_layers, capacity) if kept is None else kept.cache
         cache.truncate(num_cached)
         known = token_ids[:num_cached], token_type_ids[:num_cached]
