@@ -61,7 +61,8 @@ def pictures(name: str) -> list[Image.Image]:
 def load(name: str, **options: Any) -> Any:
     """Load the fixture's model anew, ready to be compared: no dropout."""
     config = {**CONFIG, "max_txt_len": MAX_TXT_LEN[name], **options.pop("config", {})}
-    return load_model(name, TYPES[name], is_eval=True, checkpoint=checkpoint(name), config=config, **options)
+    file = options.pop("checkpoint", checkpoint(name))
+    return load_model(name, TYPES[name], is_eval=True, checkpoint=file, config=config, **options)
 
 
 @cache

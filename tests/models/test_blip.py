@@ -28,7 +28,15 @@ from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageP
 
 import lavish
 from lavish.checkpoints.rules import plan, reverse
-from lavish.common.errors import CheckpointError, ConfigError, DataError, PromptError, UnexpectedKeys, UnknownLayout
+from lavish.common.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MediaError,
+    PromptError,
+    UnexpectedKeys,
+    UnknownLayout,
+)
 from lavish.models import load_model, load_model_and_preprocess, load_preprocess
 from lavish.models.base_model import model_section
 from lavish.models.blip.beam_search import Decoder
@@ -583,12 +591,29 @@ def test_wrong_samples() -> None:
         vqa.predict_answers({"text_input": "one?"}, inference_method="generate")
     with pytest.raises(DataError, match="no 'text_input'"):
         vqa.predict_answers({"image": given["image"]}, inference_method="generate")
+    with pytest.raises(DataError, match=r"a dict with 'image', not a Tensor"):
+        model("blip_caption").generate(given["image"])
+    with pytest.raises(MediaError, match="No picture was given"):
+        vqa.predict_answers({"image": [], "text_input": []}, inference_method="generate")
+    for wrong in (None, 3, ["one?", None], {"one?": 1}):
+        with pytest.raises(DataError, match="text_input is a text or a list of texts"):
+            vqa.predict_answers({**given, "text_input": wrong}, inference_method="generate")
+    with pytest.raises(DataError, match="no 'n_answers'"):
+        vqa(given)
     with pytest.raises(DataError, match=r"unsqueeze\(0\)"):
         vqa.predict_answers({"image": given["image"][0], "text_input": "one?"}, inference_method="generate")
     with pytest.raises(DataError, match="add up to the answers"):
         vqa({**answered(), "n_answers": [2, 2]})
     with pytest.raises(ConfigError, match=r"mode is 'imgae'.*Did you mean 'image'"):
         model("blip_feature_extractor").extract_features({}, mode="imgae")
+
+
+def test_captions_that_hold_nothing_to_learn() -> None:
+    caption, image = model("blip_caption"), samples("blip_caption")["image"]
+    with pytest.raises(DataError, match=r"none of the 1 texts is longer than the prompt 'a picture of ' \(4 ids\)"):
+        caption({"image": image[:1], "text_input": ["a b"]})
+    loss = caption({"image": image[:2], "text_input": ["a b", "a picture of a dog"]}).loss
+    assert loss.isfinite()
 
 
 def test_one_question_may_be_a_string() -> None:
@@ -633,6 +658,13 @@ def test_another_model_type(tmp_path: Path) -> None:
     file = lavis_file(model("blip_caption"), tmp_path)
     with pytest.raises(CheckpointError, match=r"checkpoint_best\.pth: \d+ of 473 tensors that this Blip.* are absent"):
         load_model("blip_caption", "base_coco", checkpoint=file, tokenizer=tokenizer("blip_caption"))
+
+
+def test_a_file_of_answers_is_none_of_captions() -> None:
+    with pytest.raises(CheckpointError, match="it is a blip_vqa, whose decoder writes answers"):
+        load("blip_caption", checkpoint=checkpoint("blip_vqa"))
+    with pytest.raises(CheckpointError, match="it is a blip_vqa"):
+        load("blip_caption").load_checkpoint(checkpoint("blip_vqa"))
 
 
 def test_a_file_of_something_else(tmp_path: Path) -> None:

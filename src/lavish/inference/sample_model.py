@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from lavish.common.errors import ConfigError, did_you_mean
+from lavish.common.errors import ConfigError, did_you_mean, shown
 from lavish.inference.vlm import VLM, Reply, ReplyStream
 from lavish.models.base_model import BaseModel
 
@@ -97,6 +97,9 @@ class SampleModel(VLM):
         self._need("embed")
         if images is None and texts is None:
             raise ConfigError("embed takes images=[...], texts=[...], or as many of both.")
+        for what, given in (("images", images), ("texts", texts)):
+            if given is not None and (not isinstance(given, list | tuple) or not given):
+                raise ConfigError(f"{what} is a list with one or more, not {shown(given)}.")
         wanted: dict[str, Any] = {} if images is None else {"image": list(images)}
         if texts is not None:
             wanted["text_input"] = list(texts)

@@ -84,10 +84,22 @@ def open_network(path: str | Path, wanted: Wanted) -> tuple[Any, BlipProcessor]:
     else:
         tensors = _read_file(path)
         architecture = wanted.architecture or architecture_of(tensors, str(path))
+        _check_kind(tensors, architecture)
         tokenizer = _tokenizer(tensors.path.parent, wanted.tokenizer)
         config = _config_of_file(tensors, architecture, _ids(tokenizer), wanted)
         processor = BlipProcessor.from_config(config, tokenizer, **{**wanted.base_texts, **wanted.given_texts})
     return _load(tensors, config, architecture, wanted), processor
+
+
+def _check_kind(tensors: TensorMap, architecture: str) -> None:
+    """Refuse captions by a decoder that learnt to answer; all other wrong pairs lack tensors."""
+    if architecture == "BlipForConditionalGeneration":
+        found = architecture_of(tensors, str(tensors.path))
+        if found == "BlipForQuestionAnswering":
+            raise CheckpointError(
+                f"{tensors.path}: holds a text_encoder and a text_decoder without the projections of a pretrained "
+                "file, so it is a blip_vqa, whose decoder writes answers and no captions. Load it as 'blip_vqa'."
+            )
 
 
 def tell(path: str | Path) -> tuple[str, int]:

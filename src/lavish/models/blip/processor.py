@@ -19,7 +19,7 @@ from transformers import BatchFeature, BertTokenizer, BlipConfig, PreTrainedToke
 
 from lavish.checkpoints import hub
 from lavish.checkpoints.json_file import read_object, read_optional_object
-from lavish.common.errors import CheckpointError, ConfigError, PromptError, shown
+from lavish.common.errors import CheckpointError, ConfigError, MediaError, PromptError, shown
 from lavish.common.media import open_image
 from lavish.models.blip.config import SpecialIds, image_size_of, text_of
 from lavish.processors.blip_processors import BlipImageEvalProcessor
@@ -228,9 +228,11 @@ class BlipProcessor:
         """Give (images, 3, size, size) float32 of pictures: PIL, paths or bytes, one or a list.
 
         Raises:
-            MediaError: a picture that cannot be opened.
+            MediaError: no picture, or one that cannot be opened.
         """
         sources = list(images) if isinstance(images, list | tuple) else [images]
+        if not sources:
+            raise MediaError("No picture was given: the list is empty.")
         return torch.stack([self.image_processor(open_image(source)) for source in sources])
 
     def encode(

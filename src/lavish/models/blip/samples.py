@@ -196,9 +196,7 @@ class BlipBase(BaseModel):
         return self.network.vision_model(pixel_values=self._pixels(samples)).last_hidden_state
 
     def _pixels(self, samples: Mapping[str, Any]) -> torch.Tensor:
-        if "image" not in samples:
-            raise DataError(f"The samples have no 'image'; they have {', '.join(map(str, samples)) or 'nothing'}.")
-        image = samples["image"]
+        image = _part(samples, "image")
         pixels = image if isinstance(image, torch.Tensor) else self.processor.pixels(image)
         size = self.image_size
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
@@ -208,10 +206,11 @@ class BlipBase(BaseModel):
 
     def _texts(self, samples: Mapping[str, Any], count: int | None) -> list[str]:
         """Give `text_input` as a list, one text for each of `count` pictures."""
-        if "text_input" not in samples:
-            raise DataError(f"The samples have no 'text_input'; they have {', '.join(map(str, samples)) or 'nothing'}.")
-        given = samples["text_input"]
-        texts = [given] if isinstance(given, str) else list(given)
+        given = _part(samples, "text_input")
+        texts = [given] if isinstance(given, str) else given
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"text_input is a text or a list of texts, not {shown(given)}.")
+        texts = list(texts)
         if count is not None and len(texts) != count:
             raise DataError(f"The number of texts ({len(texts)}) must equal the number of images ({count}).")
         return texts
@@ -222,6 +221,14 @@ class BlipBase(BaseModel):
     def _rules(self, **options: Any) -> Rules:
         text = self.network.config.text_config
         return Rules(eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id, **options)
+
+
+def _part(samples: Any, name: str) -> Any:
+    if not isinstance(samples, Mapping):
+        raise DataError(f"The samples are a dict with {name!r}, not a {type(samples).__name__}: {{{name!r}: ...}}.")
+    if name not in samples:
+        raise DataError(f"The samples have no {name!r}; they have {', '.join(map(str, samples)) or 'nothing'}.")
+    return samples[name]
 
 
 def _released(section: Mapping[str, Any]) -> str | None:
@@ -255,10 +262,20 @@ class BlipCaption(BlipBase):
     }
 
     def forward(self, samples: Mapping[str, Any]) -> BlipOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Give the loss of captions; `text_input` holds the prompt already, which is not learnt."""
+        """Give the loss of captions; `text_input` holds the prompt already, which is not learnt.
+
+        Raises:
+            DataError: no text is longer than the prompt, so that there is nothing to learn.
+        """
         image_embeds = self.image_states(samples)
         input_ids, attention_mask = self._moved(self.processor.captions(self._texts(samples, len(image_embeds))))
         labels = caption_labels(input_ids, attention_mask, self.prompt_length)
+        if not (labels != IGNORE_INDEX).any():
+            raise DataError(
+                f"text_input: none of the {len(labels)} texts is longer than the prompt {self.prompt!r} "
+                f"({self.prompt_length} ids), which is not learnt. Put the prompt before each caption (blip_caption "
+                "does), or set model.prompt = ''."
+            )
         output = self.network.text_decoder(
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, labels=labels
         )
@@ -368,8 +385,8 @@ class BlipVQA(BlipBase):
         `weight` the share of annotators that gave each; numbers may be tensors or lists.
         """
         image_embeds, states, mask = self._read(samples)
-        counts = torch.as_tensor(samples["n_answers"], device=self.device)
-        answers, weight = list(samples["answer"]), torch.as_tensor(samples["weight"], device=self.device)
+        counts = torch.as_tensor(_part(samples, "n_answers"), device=self.device)
+        answers, weight = list(_part(samples, "answer")), torch.as_tensor(_part(samples, "weight"), device=self.device)
         if len(counts) != len(states) or int(counts.sum()) != len(answers) or weight.shape != (len(answers),):
             raise DataError(
                 f"{len(states)} questions, n_answers {counts.tolist()}, {len(answers)} answers and {weight.numel()} "
