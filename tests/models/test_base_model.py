@@ -50,6 +50,16 @@ def _registered(tmp_path_factory: pytest.TempPathFactory) -> None:
     registry.register_model("test_counter")(Counter)
 
 
+def test_devices_and_flags_are_checked_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(Counter, "from_pretrained", lambda *args, **options: pytest.fail("weights were read"))
+    for device, words in (("gpu", "No device 'gpu'"), ("cuda", "this machine has 0 of that kind")):
+        with pytest.raises(ConfigError, match=words):
+            load_model_and_preprocess("test_counter", "base", is_eval=True, device=device)
+    with pytest.raises(ConfigError, match="is_eval is True or False, not 'no'"):
+        load_model("test_counter", "base", is_eval="no")
+
+
 def test_by_its_yaml() -> None:
     model, pictures, texts = load_model_and_preprocess("test_counter", "base", is_eval=True)
     assert isinstance(model, Counter)

@@ -35,19 +35,24 @@ def load_model(
         name: as `lavish.common.registry.registry.list_models()` gives it, `"blip_caption"`.
         model_type: of the model, `"base_coco"`.
         is_eval: switch dropout off; otherwise the model is ready to be trained.
-        device: where to put it.
+        device: where to put it, or "auto".
         checkpoint: a file, folder or URL in place of the released weights, which are fetched to the cache otherwise.
         config: fields that no file records; see the model's `from_pretrained`.
         options: more of what its `from_pretrained` takes, such as `tokenizer=` of BLIP.
 
     Raises:
-        ConfigError: no such model or type, or a wrong config.
+        ConfigError: no such model, type or device, or a wrong config.
         CheckpointError: weights that are absent, damaged or do not fit.
     """
+    from lavish.inference.placement import resolve_device  # lavish.inference imports lavish.models
+
+    if not isinstance(is_eval, bool):
+        raise ConfigError(f"is_eval is True or False, not {shown(is_eval)}.")
+    target = resolve_device(device)
     model = _model_class(name).from_pretrained(model_type, checkpoint=checkpoint, config=config, **options)
-    if str(device) == "cpu":
+    if target.type == "cpu":
         model = model.float()
-    return model.to(device).train(not is_eval)
+    return model.to(target).train(not is_eval)
 
 
 def load_preprocess(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
