@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lavish
-from lavish.common.errors import ConfigError, UnknownLayout
+from lavish.common.errors import ConfigError, DataError, UnknownLayout
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
@@ -56,6 +56,11 @@ def test_a_feature_file_embeds():
         assert torch.allclose(vectors.norm(dim=-1), torch.ones(len(vectors)), atol=1e-5)
     with pytest.raises(ConfigError, match="embed takes"):
         model.embed()
+    for wrong in ("abc", [], 3, picture("blip_feature_extractor")):
+        with pytest.raises(ConfigError, match="texts is a list with one or more"):
+            model.embed(texts=wrong)
+        with pytest.raises(ConfigError, match="images is a list with one or more"):
+            model.embed(images=wrong)
 
 
 def test_a_dialogue_model_answers_about_features():
@@ -65,6 +70,14 @@ def test_a_dialogue_model_answers_about_features():
     answer = model.answer(features, "is he alone?", caption="a man walks", max_length=4)
     dialogue = {"caption": "a man walks", "dialog": [], "question": "is he alone?"}
     assert answer == model.samples.answer(dialogue, features, max_length=4)
+    assert answer == model.answer(features.numpy(), "is he alone?", caption="a man walks", max_length=4)
+    for wrong in (picture("blip_vqa"), "features.npy", features[0], features.long(), features.numpy().astype(object)):
+        with pytest.raises(DataError, match="are a tensor or array of floating-point numbers"):
+            model.answer(wrong, "is he alone?")
+    with pytest.raises(DataError, match="no frames"):
+        model.answer(features[:0], "is he alone?")
+    with pytest.raises(DataError, match="NaN or infinity"):
+        model.answer(features * float("nan"), "is he alone?")
     with pytest.raises(ConfigError, match="is a GPTDialogue, which has no chat: it can answer"):
         model.chat(MESSAGES)
 

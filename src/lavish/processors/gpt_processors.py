@@ -132,10 +132,27 @@ class GPTVideoFeatureProcessor(BaseProcessor):
         features = np.concatenate([array[:num_frames] for array in arrays], axis=1)
         return self.frames(torch.from_numpy(features))
 
-    def frames(self, video_fts: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Give features (frames, width) that are at hand as `__call__` gives stored ones."""
-        types = torch.full((video_fts.shape[0],), self.video_token_id, dtype=torch.long)
-        return {"video_fts": video_fts.float(), "token_type_ids": types}
+    def frames(self, video_fts: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
+        """Give features (frames, width) that are at hand as `__call__` gives stored ones.
+
+        Raises:
+            DataError: no tensor or array of floating-point numbers, of another shape, without frames, or not finite.
+        """
+        features = video_fts
+        if isinstance(features, np.ndarray) and features.dtype.kind == "f":
+            features = torch.from_numpy(features.astype(np.float32))
+        if not isinstance(features, torch.Tensor) or features.ndim != 2 or not features.is_floating_point():
+            is_array = isinstance(features, torch.Tensor | np.ndarray)
+            found = f"{features.dtype} {tuple(features.shape)}" if is_array else shown(features)
+            raise DataError(
+                f"The features of a video are a tensor or array of floating-point numbers (frames, width), not {found}."
+            )
+        if not features.shape[0]:
+            raise DataError(f"The features of the video hold no frames (shape {tuple(features.shape)}).")
+        if not features.isfinite().all():
+            raise DataError("The features of the video hold NaN or infinity; extract them again.")
+        types = torch.full((features.shape[0],), self.video_token_id, dtype=torch.long)
+        return {"video_fts": features.float(), "token_type_ids": types}
 
     def padding(self, seq: Sequence[torch.Tensor], padding_value: float | None = None) -> torch.Tensor:
         """Stack videos of different lengths, padded behind with `padding_value` (None: 1.0, as LAVIS)."""
