@@ -16,10 +16,11 @@ from minigpt4_qwen_fixture import (
     side_by_side,
     vlm,
 )
+from PIL import Image
 from tolerance import MINIGPT4_QWEN
 from transformers import GenerationConfig
 
-from lavish.common.errors import ConfigError, PromptError
+from lavish.common.errors import ConfigError, DataError, PromptError
 from lavish.models import load_model, load_model_and_preprocess
 
 SHORT = {"max_new_tokens": 14}
@@ -168,3 +169,26 @@ def test_wrong_calls():
     ):
         with pytest.raises(PromptError, match=r"place\(s\) <ImageHere>"):
             call()
+
+
+def test_calls_without_what_they_need():
+    picture = Image.new("RGB", (8, 8))
+    for call in (lambda: model().chat("<ImageHere> x", [], picture), lambda: model().chat("x", [], [picture])):
+        with pytest.raises(DataError, match=r"a tensor \(images, 3, S, S\), not .*; the processor makes it"):
+            call()
+    with pytest.raises(DataError, match=r"not \(3, \d+, \d+\); add the batch: image\.unsqueeze\(0\)"):
+        model().chat("<ImageHere> x", [], images(0)[0])
+    for history in ("abc", ["abc"], [("one", None)]):
+        with pytest.raises(PromptError, match=r"a list of \(question, answer\)"):
+            model().chat("hi", history, None)
+    with pytest.raises(DataError, match="have no 'text'; they have image"):
+        model().generate({"image": images(0)})
+    with pytest.raises(DataError, match="have no 'conversations'; they have image"):
+        model()({"image": images(0)})
+    with pytest.raises(DataError, match="a dict with 'text', not a Tensor"):
+        model().generate(images(0))
+    with pytest.raises(PromptError, match="one or more conversations"):
+        model()({"image": images(0), "conversations": []})
+    for conversations in ([3], [["hi"]], ["hi"]):
+        with pytest.raises(PromptError, match="Sample 0: a (turn must|conversation is)"):
+            model()({"image": images(0), "conversations": conversations})

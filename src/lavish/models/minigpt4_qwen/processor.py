@@ -294,6 +294,8 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
             PromptError: no turn of a user, an unknown role, or slots beyond `max_length`.
         """
         _check_compat(compat)
+        if not isinstance(conversations, list | tuple) or not conversations:
+            raise PromptError(f"conversations is a list of one or more conversations, not {shown(conversations)}.")
         rows = []
         for index, turns_of_one in enumerate(conversations):
             row = self._training_row(_from_release(turns_of_one, system_message, index), _live(compat))
@@ -558,8 +560,14 @@ def _joined(content: Sequence[Piece]) -> list[Piece]:
 
 def _from_release(sample: Sequence[Mapping[str, str]], system_message: str | None, index: int) -> Spoken:
     """Read a sample of the release's datasets; a first turn that is not the user's is left out, as there."""
+    if not isinstance(sample, list | tuple):
+        raise PromptError(f"Sample {index}: a conversation is a list of turns, not {shown(sample)}.")
     for turn in sample:
-        if turn.get("from") not in ("user", "assistant") or not isinstance(turn.get("value"), str):
+        if (
+            not isinstance(turn, Mapping)
+            or turn.get("from") not in ("user", "assistant")
+            or not isinstance(turn.get("value"), str)
+        ):
             raise PromptError(
                 f"Sample {index}: a turn must be {{'from': 'user' or 'assistant', 'value': text}}, not {shown(turn)}."
             )

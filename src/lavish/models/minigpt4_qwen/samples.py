@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lavish.checkpoints import hf, hub
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.checkpoints.loading import load_into, rearrange
-from lavish.common.errors import ConfigError, PromptError, did_you_mean, shown
+from lavish.common.errors import ConfigError, DataError, PromptError, did_you_mean, shown
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
 from lavish.models.minigpt4_qwen.config import MiniGPT4QwenConfig, read_config
 from lavish.models.minigpt4_qwen.model import MiniGPT4QwenForConditionalGeneration
@@ -129,8 +129,9 @@ class MiniGPT4Qwen(BaseModel):
         Shapes: image (images, 3, S, S), in the order of the places `<ImageHere>`.
         Raises:
             PromptError: another number of images than of places, or a place beyond `max_txt_len`.
+            DataError: no conversations, or images of another shape.
         """
-        batch = self.processor.preprocess(samples["conversations"], self.max_txt_len)
+        batch = self.processor.preprocess(_part(samples, "conversations"), self.max_txt_len)
         inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask", "labels")}
         images = samples.get("image")
         _check_images(int(batch["num_images"].sum()), images)
@@ -167,8 +168,12 @@ class MiniGPT4Qwen(BaseModel):
             generation_config: a GenerationConfig or its fields; the answer ends at `<|im_end|>` and `<|im_start|>`
                 whatever it says.
             options: fields of it by name.
+
+        Raises:
+            PromptError: another number of images than of places.
+            DataError: no text, or images of another shape.
         """
-        inputs = self.processor(text=samples["text"])
+        inputs = self.processor(text=_part(samples, "text"))
         places = int(inputs["token_type_ids"].sum()) // self.processor.num_image_tokens
         tokens = self._answer(inputs, places, samples.get("image"), generation_config, options)
         return tokens if chat else [self._text(row) for row in tokens.tolist()]
@@ -191,8 +196,16 @@ class MiniGPT4Qwen(BaseModel):
         Args:
             query: with `<ImageHere>` where pictures stand; `image_tensor` holds those of history and query in order.
             append_history: put this turn at the end of `history`, in place.
+
+        Raises:
+            PromptError: no texts, or another number of images than of places.
+            DataError: images of another shape.
         """
         history = [] if history is None else history
+        if not isinstance(query, str) or not isinstance(history, list) or not all(map(_is_turn, history)):
+            raise PromptError(
+                f"chat takes a query and a list of (question, answer), not {shown(query)} and {shown(history)}."
+            )
         places = sum(text.count(PLACE) for text in (query, *(asked for asked, _ in history)))
         _check_images(places, image_tensor)
         inputs, kept = self.processor.chat_inputs(query, history, system)
@@ -285,7 +298,23 @@ def _freeze(network: MiniGPT4QwenForConditionalGeneration, section: Mapping[str,
         network.vision_tower.embeddings.position_embedding.requires_grad_(True)
 
 
+def _is_turn(turn: object) -> bool:
+    return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+
+
+def _part(samples: Any, name: str) -> Any:
+    if not isinstance(samples, Mapping):
+        raise DataError(f"The samples are a dict with {name!r}, not a {type(samples).__name__}: {{{name!r}: ...}}.")
+    if name not in samples:
+        raise DataError(f"The samples have no {name!r}; they have {', '.join(map(str, samples)) or 'nothing'}.")
+    return samples[name]
+
+
 def _check_images(places: int, images: torch.Tensor | None) -> None:
+    if images is not None and (not isinstance(images, torch.Tensor) or (len(images) and images.ndim != 4)):
+        found = tuple(images.shape) if isinstance(images, torch.Tensor) else shown(images)
+        hint = "add the batch: image.unsqueeze(0)" if isinstance(images, torch.Tensor) else "the processor makes it"
+        raise DataError(f"The images are a tensor (images, 3, S, S), not {found}; {hint}.")
     given = 0 if images is None else len(images)
     if places != given:
         raise PromptError(
