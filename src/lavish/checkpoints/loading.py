@@ -7,7 +7,7 @@ each tensor goes straight to its dtype and device, so that memory peaks at the w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -48,13 +48,15 @@ def load_into(
     rules: Sequence[Rule] = (),
     keep_dtype: Iterable[str] = (),
     cuts: Mapping[str, Cut] = MappingProxyType({}),
+    place: Callable[[str], torch.device] | None = None,
 ) -> list[str]:
     """Replace every parameter and persistent buffer of `module` by the checkpoint's tensor.
 
     Floating-point tensors are cast to `dtype` (None: as stored), as a cast of the whole model would do, persistent
     buffers included: a stored `inv_freq` keeps its rounding. Names that match `keep_dtype` (`*` is one dotted part)
     keep the stored dtype. Parameters that the module ties stay tied. Each tensor is copied out of the file, which may
-    be overwritten or deleted afterwards. Of a name in `cuts` the module holds a part, and only that is read.
+    be overwritten or deleted afterwards. Of a name in `cuts` the module holds a part, and only that is read. `place`
+    gives the device of each name instead of `device`.
 
     Returns the names of what is left on the meta device, which the network has to compute itself: absent tensors that
     a rule calls `Optional`, and buffers that no file stores.
@@ -86,12 +88,13 @@ def load_into(
                 stored = mapped.tensor(info)
             if name in cuts:
                 stored = cuts[name].take(stored)
-            value = _place(f"{file}: {sources[name]!r}", stored, cast_to, device)
+            target = device if place is None else place(name)
+            value = _place(f"{file}: {sources[name]!r}", stored, cast_to, target)
             if info is not None:
                 mapped.forget(info)
             if tied[name] not in placed:
                 placed[tied[name]] = _as_target(targets[name], value)
-            elif device.type != "meta" and not torch.equal(placed[tied[name]].detach(), value):
+            elif device.type != "meta" and not _are_equal(placed[tied[name]], value):
                 raise CheckpointError(
                     f"{tensors.path}: {name!r} and {tied[name]!r} differ, but this {_called(module)} ties them."
                 )
@@ -204,6 +207,10 @@ def _joined_shape(shapes: Sequence[tuple[int, ...] | None], joined: Joined) -> t
             return None  # equal parts, as `Split` cuts them; else the way back would cut elsewhere
         lengths.append(here[joined.dim])
     return tuple(sum(lengths) if dim == joined.dim else size for dim, size in enumerate(model))
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.detach(), other.to(one.device))
 
 
 def _called(module: nn.Module) -> str:

@@ -68,6 +68,7 @@ class SliceLayer(CacheLayerMixin):
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows of the batch."""
         keys, values = self._buffers()
+        rows = rows.to(keys.device)  # the layers may lie on several
         self.keys, self.values = keys[rows], values[rows]
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -27,7 +27,7 @@ from lavish.checkpoints.loading import load_into
 from lavish.checkpoints.release import Release
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout, check_path, did_you_mean, shown
-from lavish.inference import packing
+from lavish.inference import layer_split, packing
 from lavish.inference.adapters import ADAPTER_CONFIG, apply_adapter, find_base, is_adapter
 from lavish.inference.options import read_sampling_defaults
 from lavish.inference.parallel import check_parallel, load_share, local_device, refuse_with_parallel, shared_seeds
@@ -64,6 +64,7 @@ def load(
     rope: str | None = None,
     revision: str | None = None,
     parallel: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     **pieces: Any,
 ) -> VLM:
     """Load a released model, or one that lavish saved, ready to talk.
@@ -72,7 +73,8 @@ def load(
         path_or_hub_id: a folder, `org/name[@revision]`, or `modelscope:org/name`; None is the bundled pocket model.
         dtype: "auto" is what most weights are stored in, but float32 instead of float16 on a CPU, where float16 is
           unusably slow.
-        device: "auto" is CUDA, else MPS, else CPU.
+        device: "auto" is CUDA, else MPS, else CPU. A network too large for the first of several GPUs is split over them
+          all, whole blocks each.
         quantization: "int8" (any device) or "nf4" (needs bitsandbytes); decoder layers only.
         quantize_vision: quantise the tower and the projector too.
         pack: put the weights into the CPU's own layout: the same values, read faster. Such a network cannot be trained,
@@ -89,6 +91,9 @@ def load(
         revision: of a hub id.
         parallel: "tensor" shares the network among the processes that torchrun started, on as many GPUs or on the CPU.
           All of them load, make the same calls one after the other, and get the same answers.
+        device_map: "auto" splits the network over all GPUs and, if they are too small, the CPU; a dict says it for each
+          block: names of modules (the longest that fits counts, "" is for the rest) -> a device, a GPU's number, or
+          "disk".
         pieces: parts of a composite release that are elsewhere, by name: `llm=`, `vision_tower=` ...
 
     Raises:
@@ -106,6 +111,7 @@ def load(
     folder, adapter = _folders(path_or_hub_id, adapter, base, revision, pieces)
     if (samples_of := sample_family(folder, pieces)) is not None:
         refused = {"quantization": quantization, "adapter": adapter, "parallel": parallel, "rope": rope, **pieces}
+        refused |= {"device_map": device_map}
         return _load_samples(
             path_or_hub_id,
             folder,
@@ -126,14 +132,27 @@ def load(
     is_quantized = release.is_int8 or quantization is not None
     if release.is_int8 or quantization == INT8:
         warn_if_slow(weight_dtype, target)
+    if parallel is not None:
+        refuse_with_parallel(
+            is_quantized=is_quantized, has_adapter=adapter is not None, pack=pack, device_map=device_map
+        )
+    blocks = None
+    if parallel is None:
+        how = {"device": device, "device_map": device_map, "is_quantized": is_quantized, "pack": pack}
+        blocks = layer_split.plan_for(release.family, release.config, weight_dtype, **how)
     is_packed = packing.should_pack(
-        pack, dtype=weight_dtype, device=target, is_quantized=is_quantized, has_adapter=adapter is not None
+        pack if parallel is None and blocks is None else False,
+        dtype=weight_dtype,
+        device=target,
+        is_quantized=is_quantized,
+        has_adapter=adapter is not None,
     )
     # Before the weights: a wrong tokenizer is found in a second, not after minutes of reading.
     processor = release.processor(tokenizer, is_overridden=bool(overrides))
     if parallel is not None:
-        refuse_with_parallel(is_quantized=is_quantized, has_adapter=adapter is not None)
         network = load_share(release.family, release.config, release.tensors, dtype=weight_dtype, device=target)
+    elif blocks is not None:
+        network = layer_split.load_split(release.family, release.config, release.tensors, blocks, dtype=weight_dtype)
     else:
         network = _load_network(release, weight_dtype, target, quantization, quantize_vision)
     if adapter is not None:
@@ -142,6 +161,8 @@ def load(
             release.release.adapted(network)
     if is_packed:
         packing.pack(network)
+    if blocks is not None:
+        layer_split.dispatch(network, blocks)
     register()
     new_seed = None if parallel is None else partial(shared_seeds(target).getrandbits, 62)
     return _talking(path_or_hub_id, release, network, processor, new_seed)

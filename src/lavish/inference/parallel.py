@@ -91,12 +91,22 @@ def check_parallel(parallel: str | None) -> None:
         )
 
 
-def refuse_with_parallel(*, is_quantized: bool, has_adapter: bool) -> None:
+def refuse_with_parallel(*, is_quantized: bool, has_adapter: bool, pack: bool | str, device_map: Any) -> None:
     """Refuse what is not made for shares of layers.
 
     Raises:
-        ConfigError: a quantised network, or an adapter.
+        ConfigError: a quantised network, an adapter, packing that was asked for, or a second way to split.
     """
+    if device_map is not None:
+        raise ConfigError(
+            "parallel='tensor' gives each process a device, and device_map= gives the blocks of one process several; "
+            "give one of them."
+        )
+    if pack is True:
+        raise ConfigError(
+            "parallel='tensor' takes no pack=True: its layers add up and gather between the processes, and no packed "
+            "layer does. Leave pack out."
+        )
     if is_quantized:
         raise ConfigError(
             "parallel='tensor' takes no quantised network; load it without quantization, or in one process."

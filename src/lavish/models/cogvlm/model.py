@@ -308,7 +308,7 @@ class CogVLMModel(nn.Module):
         if self.config.rope == "float32":
             exponent = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=inv_freq.device)
             inv_freq = 1.0 / (self.config.rotary_base ** (exponent / self.config.head_dim))
-        cos, sin = rotary_table(position_ids, inv_freq)
+        cos, sin = rotary_table(position_ids.to(inv_freq.device), inv_freq)
         return cos[:, :, None], sin[:, :, None]
 
     def forward(
@@ -342,7 +342,7 @@ class CogVLMModel(nn.Module):
         language, vision = routing.split(inputs_embeds)
         for index, layer in enumerate(self.layers):
             if all_hidden_states is not None:
-                all_hidden_states.append(routing.merge(language, vision, rows))
+                all_hidden_states.append(routing.to(language.device).merge(language, vision, rows))
             language, vision = layer(
                 language,
                 vision,
@@ -354,7 +354,7 @@ class CogVLMModel(nn.Module):
             )
         if is_last_only:
             return self.norm(language[:, None])
-        hidden_states = self.norm(routing.merge(language, vision, rows))
+        hidden_states = self.norm(routing.to(language.device).merge(language, vision, rows))
         if all_hidden_states is not None:
             all_hidden_states.append(hidden_states)
         return hidden_states
