@@ -56,10 +56,10 @@ def load_yaml(path: str | Path) -> "DictConfig":
         loaded = OmegaConf.load(path)
     except FileNotFoundError as error:
         raise ConfigError(f"{shown(str(path))}: no such config file (looked in {Path.cwd()}).") from error
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error  # an OSError's own text holds the whole path again
+    except OSError as error:
+        why = error.strerror or error  # an OSError's own text holds the whole path again
         raise ConfigError(f"{shown(str(path))}: the config file cannot be read: {why}.") from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: bytes that are no UTF-8 too
         raise ConfigError(f"{path}: not a YAML file that lavish can read: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: a config holds `key: value` lines at its top level; this file holds a list.")
