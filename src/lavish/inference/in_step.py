@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, finalize
 
 import torch
@@ -47,11 +47,12 @@ class Channel:
     def __init__(self, device: str | torch.device):
         try:
             dist.start(resolve_device(device).type)
-            self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+            group = distributed.new_group(backend="gloo", timeout=PATIENCE)
         except RuntimeError as error:  # torch's errors of the network and of its store are of this kind
             raise ConfigError(
                 f"The {dist.world_size()} processes of this run did not find each other: {error}"
             ) from error
+        self._group = cast(distributed.ProcessGroup, group)  # a number only where a process stays outside
         self._store = distributed.distributed_c10d._get_default_store()
         self.is_in_step = True
         """False from the start of what all do together until it has succeeded."""
