@@ -1,5 +1,6 @@
 """The JSON files of a checkpoint's folder: one set of errors, whatever is wrong with them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(json_file, "MAX_BYTES", 1)
     with pytest.raises(CheckpointError, match="2 bytes are too many"):
         json_file.read_object(tmp_path / "a.json")
+
+
+def test_a_config_gives_no_orders_and_a_vocabulary_keeps_its_words(tmp_path: Path) -> None:
+    orders = {"attn_implementation": "org/kernel", "_attn_implementation": "org/kernel", "num_labels": 10**9}
+    content = {"a": 1, **orders, "sub": [{"b": {"attribute_map": {"a": "b"}, "experts_implementation": 1, "c": 2}}]}
+    for name in ("config.json", "med_config.json"):
+        (tmp_path / name).write_text(json.dumps(content))
+        assert json_file.read_object(tmp_path / name) == {"a": 1, "sub": [{"b": {"c": 2}}]}
+    (tmp_path / "vocab.json").write_text(json.dumps(content))
+    assert json_file.read_object(tmp_path / "vocab.json") == content

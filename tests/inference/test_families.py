@@ -1,6 +1,7 @@
 """What every chat family can do alike: batches, next turns, several pictures, int8, adapters, on the tiny releases."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,3 +211,50 @@ def test_the_context_of_the_others_is_counted_in_slots():
     assert tight.chat(messages, max_new_tokens=4).token_ids == free.chat(messages, max_new_tokens=4).token_ids
     with pytest.raises(PromptError, match=f"has {slots} tokens, image slots included"):
         tight.chat(messages, max_new_tokens=5)
+
+
+# -- files that would choose what runs ---------------------------------------------------------------------------------
+
+ORDERS = {
+    "attn_implementation": "kernels-community/any",
+    "_attn_implementation": "kernels-community/any",
+    "experts_implementation": "kernels-community/any",
+    "attribute_map": {"hidden_size": "other"},
+    "num_labels": 1_000_000_000,
+}
+
+
+def give_orders(folder: Path) -> int:
+    """Write them into each config of a release, and into its sections."""
+    files = [*folder.rglob("config.json"), *folder.rglob("med_config.json")]
+    for file in files:
+        fields = json.loads(file.read_text())
+        sections = {name: {**value, **ORDERS} for name, value in fields.items() if name.endswith("_config")}
+        file.write_text(json.dumps({**fields, **sections, **ORDERS}))
+    return len(files)
+
+
+@pytest.mark.parametrize("name", [*TINY, "blip_caption", "gpt_dialogue"])
+def test_no_config_chooses_what_runs(name: str, tmp_path: Path) -> None:
+    is_chat = name in TINY
+    options = dict(TINY[name].options) if is_chat else {}
+    if name == "blip_caption":
+        options["config"] = MINIGPT4["config"]
+    if name == "minigpt4_qwen":
+        options["llm"] = shutil.copytree(options["llm"], tmp_path / "llm")
+    source = TINY[name].folder if is_chat else FIXTURES / name / "open/checkpoint"
+    shutil.copytree(source, tmp_path / "release")
+    assert give_orders(tmp_path)
+    vlm = lavish.load(tmp_path / "release", device="cpu", **options)
+    if vlm.adapters:
+        vlm.merge_adapter()
+    network = vlm.model
+    network.save_pretrained(tmp_path / "saved")
+    vlm.processor.save_pretrained(tmp_path / "saved")
+    give_orders(tmp_path / "saved")
+    again = lavish.load(tmp_path / "saved", device="cpu").model
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in network.state_dict().items())
+    assert {module.config._attn_implementation for module in again.modules() if hasattr(module, "config")} <= {
+        *("sdpa", "eager", None)
+    }
+    assert "other" not in again.config.attribute_map.values()

@@ -12,8 +12,19 @@ MAX_BYTES = 100_000_000
 """The index of a CogVLM2 has 120 kB; what is larger than this is no file of a release."""
 
 
+NOT_FROM_FILES = ("attn_implementation", "experts_implementation", "attribute_map", "num_labels")
+"""Fields that transformers' config classes obey. The first two choose code, which transformers fetches and imports when
+the value is `org/repo`; the third renames fields of the class; the last is a number of names to make up."""
+
+
+def _without_orders(fields: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of an object of a config what would tell transformers which code to run, and its private fields."""
+    return {name: value for name, value in fields.items() if name not in NOT_FROM_FILES and not name.startswith("_")}
+
+
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Read a file that holds one JSON object; of a config, `*config.json`, without the fields of `NOT_FROM_FILES` at
+    any depth: which attention runs is the caller's choice, and no file's.
 
     Raises:
         CheckpointError: it cannot be read, is no JSON, or holds something else.
@@ -21,7 +32,8 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for a file of this kind.")
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        hook = _without_orders if path.name.endswith("config.json") else None  # a vocabulary may hold any word
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=hook)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from error
     except CheckpointError:
