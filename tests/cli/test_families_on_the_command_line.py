@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,101 @@ def test_a_model_that_captions(monkeypatch, heads: str, capsys: pytest.CaptureFi
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     assert main(["chat", *model]) == 2
     assert "holds no conversation: it can caption" in " ".join(capsys.readouterr().err.split())
+
+
+def run_twice(arguments: list[str], output: Path) -> list[dict]:
+    """Run a predict, then again, which must leave the file as it is."""
+    status = main([*arguments, "-o", str(output)])
+    before = output.read_bytes()
+    assert main([*arguments, "-o", str(output)]) == status
+    assert output.read_bytes() == before
+    return [json.loads(line) for line in before.decode().splitlines()]
+
+
+def test_many_inputs_of_a_model_that_captions(heads: str, tmp_path: Path) -> None:
+    inputs = FIXTURES / "blip_caption/open/inputs"
+    model = ["predict", str(BLIP), "--config", heads, "--device", "cpu"]
+    rows = run_twice([*model, "--input", str(inputs)], tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == ["img0.png", "img1.png"]
+    import lavish
+
+    vlm = lavish.load(BLIP, config=heads, device="cpu")
+    assert [row["answer"] for row in rows] == [vlm.caption(inputs / row["id"]) for row in rows]
+    source = tmp_path / "in.jsonl"
+    lines = [
+        {"image": str(inputs / "img0.png")},
+        {"image": str(inputs / "img0.png"), "question": "What?"},
+        {"images": [str(inputs / "img0.png"), str(inputs / "img1.png")]},
+        {"question": ""},
+        {"image": "absent.png"},
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = run_twice([*model, "--input", str(source)], tmp_path / "mixed.jsonl")
+    kinds = [None, "ConfigError", "PromptError", "PromptError", "MediaError"]
+    assert [row.get("error_type") for row in rows] == kinds
+    assert "2 were given" in rows[2]["error"]
+    assert main([*model, "--input", str(source), "--top-p", "0.5"]) == 2
+
+
+def test_many_inputs_of_a_model_that_answers(heads: str, tmp_path: Path) -> None:
+    inputs = FIXTURES / "blip_vqa/open/inputs"
+    model = ["predict", str(FIXTURES / "blip_vqa/open/checkpoint"), "--config", heads, "--device", "cpu"]
+    rows = run_twice([*model, "--input", str(inputs), "-q", "what is it?"], tmp_path / "out.jsonl")
+    import lavish
+
+    vlm = lavish.load(FIXTURES / "blip_vqa/open/checkpoint", config=heads, device="cpu")
+    assert [row["answer"] for row in rows] == [vlm.answer(inputs / row["id"], "what is it?") for row in rows]
+    rows = run_twice([*model, "--input", str(inputs)], tmp_path / "captions.jsonl")
+    assert {row["error_type"] for row in rows} == {"ConfigError"}
+
+
+def test_a_dialogue_about_features_is_asked_in_python(capsys: pytest.CaptureFixture[str]) -> None:
+    image = str(FIXTURES / "blip_vqa/open/inputs/img0.png")
+    model = [str(FIXTURES / "gpt_dialogue/open/checkpoint"), "--device", "cpu"]
+    assert main(["predict", *model, "--image", image, "-q", "What?"]) == 2
+    assert "answers about features of a video" in " ".join(capsys.readouterr().err.split())
+
+
+def test_several_pictures_and_a_video_in_a_question(heads: str, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("av")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from video_clip import clip
+
+    import lavish
+
+    (tmp_path / "a.mp4").write_bytes(clip(5))
+    images = [str(FIXTURES / "blip_caption/open/inputs" / name) for name in ("img0.png", "img1.png")]
+    lines = [
+        {"images": images, "question": "Which?"},
+        {"video": "a.mp4", "question": "What happens?"},
+        {"video": "absent.mp4", "question": "What happens?"},
+        {"images": "a.png", "question": "?"},
+        {"images": images, "image": images[0], "question": "?"},
+        {"video": 3, "question": "?"},
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = [str(MINIGPT4), "--piece", f"llm={FIXTURES / 'qwen/llm'}", "--config", heads, "--device", "cpu"]
+    short = ["--max-new-tokens", "4"]
+    rows = run_twice(["predict", *model, "--input", str(source), *short], tmp_path / "out.jsonl")
+    kinds = [None, None, "MediaError", "DataError", "DataError", "DataError"]
+    assert [row.get("error_type") for row in rows] == kinds
+    assert rows[0]["images"] == images
+    assert rows[1]["video"] == str(tmp_path / "a.mp4")
+    vlm = lavish.load(MINIGPT4, llm=FIXTURES / "qwen/llm", config=heads, device="cpu")
+    seen = [{"type": "image", "image": image} for image in images]
+    messages = [{"role": "user", "content": [*seen, {"type": "text", "text": "Which?"}]}]
+    assert rows[0]["answer"] == vlm.chat(messages, max_new_tokens=4).text
+    capsys.readouterr()
+    both = ["--image", images[0], "--image", images[1], "-q", "Which?"]
+    assert main(["predict", *model, *both, *short]) == 0
+    assert capsys.readouterr().out == rows[0]["answer"] + "\n"
+    glm = [str(FIXTURES / "glm4v/open/checkpoint"), "--device", "cpu"]
+    rows = run_twice(["predict", *glm, "--input", str(source), *short], tmp_path / "glm.jsonl")
+    assert [row.get("error_type") for row in rows[:2]] == ["PromptError", "PromptError"]
+    source.write_text(json.dumps({"images": images[:1], "question": "Which?"}))
+    assert main(["predict", *model, "--input", str(source), *short, "-o", str(tmp_path / "out.jsonl")]) == 2
+    assert "another image or question for the id 1" in " ".join(capsys.readouterr().err.split())
 
 
 SET_HEADS = ["--set", "vision_config.num_attention_heads=4"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lavish.cli import main
+from lavish.cli.asking import Seen
 from lavish.cli.predict import Run
 from lavish.cli.questions import Answers, Question
 
@@ -105,7 +106,7 @@ def test_boxes_are_in_the_line(vlm, picture: Path) -> None:
     text = "A dog[[100,200,500,1000]]"
     reply = Reply(text, [1], grounding.parse(text), "stop", Usage(3, 1, 0))
     run = Run(vlm, Answers(None), "m", {}, 1)
-    row = run._row(Question("a", str(picture), "Where?"), reply, Image.new("RGB", (200, 100)))
+    row = run._row(Question("a", str(picture), "Where?"), reply, Seen([Image.new("RGB", (200, 100))]))
     assert row["boxes"] == [{"phrase": "A dog", "boxes": [[100, 200, 500, 1000]], "boxes_px": [[20, 20, 100, 99]]}]
 
 
@@ -143,9 +144,12 @@ def test_an_image_is_opened_before_the_model(capsys: pytest.CaptureFixture[str])
     assert "/nowhere/a.png" in capsys.readouterr().err
 
 
-def test_two_images_are_refused_before_the_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", "org/nowhere", "--image", "a.png", "--image", "b.png", "--prompt", "What?"]) == 2
-    assert "--image was given 2 times ('a.png', 'b.png')" in capsys.readouterr().err
+def test_two_images_are_refused_by_a_model_that_sees_one(
+    checkpoint: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = ["--image", str(picture), "--image", str(picture)]
+    assert main(["predict", str(checkpoint), *images, "--prompt", "What?"]) == 2
+    assert "To ask the same about each: --input with a folder" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_killed_run_goes_on_and_asks_each_input_once(

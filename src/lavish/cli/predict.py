@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lavish.cli import options
+from lavish.cli.asking import Seen, ask_alone, check_options, may_caption, messages_of, samples_of
 from lavish.cli.terminal import CONTROL, Progress, console, human_seconds, say, say_error
-from lavish.common.errors import ConfigError, DataError, LavishError, MediaError, PromptError, shown
+from lavish.common.errors import ConfigError, DataError, LavishError, MediaError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -33,7 +34,10 @@ def command(
         str | None, typer.Argument(metavar="INPUT", show_default=False, help="The same as --input.")
     ] = None,
     images: Annotated[
-        list[str] | None, typer.Option("--image", "-i", metavar="FILE", help="One image: path or URL.")
+        list[str] | None,
+        typer.Option(
+            "--image", "-i", metavar="FILE", help="An image: path or URL; several for models that see several."
+        ),
     ] = None,
     video: options.Video = None,
     question: Annotated[
@@ -81,21 +85,21 @@ def command(
 
     Many: --input is a folder (with its subfolders), a glob, or a JSONL file with a line
     {"image": "a.png", "question": "...", "id": "any"} for each; image (none: text alone), id, and with --question also
-    question may be left out. Paths are relative to the file, else to the working folder.
+    question may be left out, which asks a model that captions for a caption. "images" is a list of images, for models
+    that see several, and "video" a file. Paths are relative to the file, else to the working folder.
 
     Each input becomes one line of --output, in order: id, image, question, answer, finish_reason, usage, model; boxes
     where they are read (phrase, boxes in thousandths, boxes_px); or error and error_type instead of the answer. A run
     that was stopped or killed goes on where it was when it is started again with the same options, which
     stand beside the output in FILE.run.json. The exit status is 1 if an input failed.
     """
-    image = _one_image(images)
     many = _one_source(inputs, source)
     _check_model(model)
-    if many is not None and image is not None:
+    if many is not None and images:
         raise ConfigError("--image is one image and --input are many; give one of them.")
-    if video is not None and (many is not None or image is not None):
+    if video is not None and (many is not None or images):
         raise ConfigError("--video is one video; give it without --image and --input.")
-    if many is None and image is None and video is None and question is None:
+    if many is None and not images and video is None and question is None:
         raise ConfigError("Nothing to ask: give --image and --question, or --input. See lavish predict --help.")
     if many is None and (output or retry_failed or overwrite):
         raise ConfigError("--output, --retry-failed and --overwrite belong to --input; one answer is printed.")
@@ -103,7 +107,7 @@ def command(
         output = output.expanduser()
     from lavish.cli.questions import Answers, read_questions
 
-    questions = None if many is None else read_questions(many, question)
+    questions = None if many is None else read_questions(many, question, may_caption=may_caption(model))
     from lavish.inference.options import parse_options
 
     generation: dict[str, Any] = {
@@ -133,7 +137,7 @@ def command(
 
     def ask(load: Callable[[], VLM]) -> int:
         if questions is None:
-            _ask_one(load, image, video, question or "", generation)
+            _ask_one(load, images or [], video, question or "", generation)
             return 0
         answers = Answers(None if output is None or str(output) == "-" else output)
         settings = {"model": model or "pocket", **generation, **loading}
@@ -153,15 +157,6 @@ def _one_source(inputs: str | None, source: str | None) -> str | None:
     if inputs is not None and source is not None and inputs != source:
         raise ConfigError(f"INPUT {inputs} and --input {source} contradict each other; give one.")
     return inputs or source
-
-
-def _one_image(images: list[str] | None) -> str | None:
-    if images and len(images) > 1:
-        raise PromptError(
-            f"--image was given {len(images)} times ({', '.join(map(shown, images[:3]))}), and these models see one "
-            "image in a question. To ask the same about each: --input with a folder or a glob in quotes."
-        )
-    return images[0] if images else None
 
 
 def _check_model(model: str | None) -> None:
@@ -187,41 +182,16 @@ def _check_model(model: str | None) -> None:
 
 
 def _ask_one(
-    load: Callable[[], VLM], image: str | None, video: str | None, question: str, generation: dict[str, Any]
+    load: Callable[[], VLM], images: list[str], video: str | None, question: str, generation: dict[str, Any]
 ) -> None:
     from lavish.cli.dialogue import plain_path, video_path
     from lavish.common.media import open_image
 
     # Before the model: a wrong path is found at once. The user typed it, so it may be a URL.
-    picture = None if image is None else open_image(plain_path(image), allow_urls=True)
-    clip = None if video is None else video_path(video)
-    text = ask_alone(load(), picture, question, generation, video=clip)
+    pictures = [open_image(plain_path(image), allow_urls=True) for image in images]
+    seen = Seen(pictures, None if video is None else video_path(video))
+    text = ask_alone(load(), seen, question, generation)
     print(CONTROL.sub("", text) if sys.stdout.isatty() else text)
-
-
-def ask_alone(vlm: VLM, image: Any, question: str, generation: dict[str, Any], *, video: str | None = None) -> str:
-    """Ask one question; a model that holds no conversation answers it, or captions where there is no question.
-
-    Raises:
-        ConfigError: a model that does neither, or an option of conversations for one that holds none.
-    """
-    if "chat" in vlm.capabilities:
-        messages = _messages(image, question)
-        if video is not None:
-            messages[0]["content"].insert(0, {"type": "video", "video": video})
-        return vlm.chat(messages, **generation).text
-    if video is not None:
-        raise ConfigError(f"{vlm.name} holds no conversation and sees no videos.")
-    if given := [name for name, value in generation.items() if value is not None]:
-        raise ConfigError(f"{vlm.name} holds no conversation and takes no {given[0]}.")
-    if image is None:
-        raise ConfigError(f"{vlm.name} answers about pictures; give --image.")
-    return vlm.answer(image, question) if question else vlm.caption(image)
-
-
-def _messages(image: Any, question: str) -> list[dict[str, Any]]:
-    text = {"type": "text", "text": question}
-    return [{"role": "user", "content": [text] if image is None else [{"type": "image", "image": image}, text]}]
 
 
 class Run:
@@ -244,6 +214,7 @@ class Run:
         """Ask what has no line yet, and give the exit status."""
         from concurrent.futures import ThreadPoolExecutor
 
+        check_options(self.vlm, self.generation)
         num_done = len(self.answers.done)
         if num_done:
             say(f"{num_done} of {len(questions)} are in {self.answers.path} already; going on with the others.")
@@ -253,8 +224,8 @@ class Run:
         progress = Progress(len(questions), num_done)
         try:
             with ThreadPoolExecutor(max_workers=4) as pool, progress:
-                for batch, images in self._batches(left, pool):
-                    rows = self._rows(batch, images)
+                for batch, seen in self._batches(left, pool):
+                    rows = self._rows(batch, seen)
                     self.answers.write(rows)
                     self.answers.done.update({row["id"]: row for row in rows})
                     progress.advance(len(rows), sum("error" in row for row in rows))
@@ -265,7 +236,7 @@ class Run:
         return _report(self.answers, questions, progress.elapsed_s)
 
     def _batches(self, left: list[Question], pool: Executor) -> Iterator[tuple[list[Question], list[Any]]]:
-        """Give each batch with its opened images; those of the next one are opened while the network computes."""
+        """Give each batch with what it is about, opened; that of the next one are opened while the network computes."""
         ahead: deque[tuple[list[Question], list[Future[Any]]]] = deque()
         for start in range(0, len(left), self.batch_size):
             batch = left[start : start + self.batch_size]
@@ -275,61 +246,66 @@ class Run:
         if ahead:
             yield _opened(*ahead.popleft())
 
-    def _open(self, item: Question) -> Any:
-        """Give the image, None where there is none to see, or the error."""
-        from lavish.cli.dialogue import is_url
+    def _open(self, item: Question) -> Seen | LavishError:
+        """Give what the question is about, or the error."""
+        from lavish.cli.dialogue import is_url, video_path
         from lavish.common.fetch import shown_url
         from lavish.common.media import open_image
 
         if item.problem is not None:
             return DataError(item.problem)
-        if item.image is not None and is_url(item.image) and not self.allow_urls:
-            return MediaError(
-                f"{shown_url(item.image)!r} is a URL; URLs of a JSONL are fetched with --allow-urls only."
-            )
+        for image in item.pictures:
+            if is_url(image) and not self.allow_urls:
+                return MediaError(f"{shown_url(image)!r} is a URL; URLs of a JSONL are fetched with --allow-urls only.")
         try:
-            return None if item.image is None else open_image(item.image, allow_urls=self.allow_urls)
+            pictures = [open_image(image, allow_urls=self.allow_urls) for image in item.pictures]
+            return Seen(pictures, None if item.video is None else video_path(item.video))
         except LavishError as error:
             return error
 
-    def _rows(self, batch: list[Question], images: list[Any]) -> list[dict[str, Any]]:
+    def _rows(self, batch: list[Question], seen: list[Any]) -> list[dict[str, Any]]:
         """Answer a batch; if it fails as a whole, each question alone, so that one does not cost the others."""
-        good = [place for place, image in enumerate(images) if not isinstance(image, LavishError)]
-        outcomes: dict[int, Any] = {place: image for place, image in enumerate(images) if place not in good}
-        conversations = {place: _messages(images[place], batch[place].question) for place in good}
-        replies = self._try(list(conversations.values()))
+        outcomes: dict[int, Any] = {place: one for place, one in enumerate(seen) if isinstance(one, LavishError)}
+        good = [place for place in range(len(seen)) if place not in outcomes]
+        replies = self._try([seen[place] for place in good], [batch[place].question for place in good])
         if isinstance(replies, list):
             outcomes.update(zip(good, replies, strict=True))
         elif len(good) == 1:
             outcomes[good[0]] = replies
         else:
-            for place, messages in conversations.items():
-                reply = self._try([messages])
+            for place in good:
+                reply = self._try([seen[place]], [batch[place].question])
                 outcomes[place] = reply[0] if isinstance(reply, list) else reply
-        return [self._row(item, outcomes[place], images[place]) for place, item in enumerate(batch)]
+        return [self._row(item, outcomes[place], seen[place]) for place, item in enumerate(batch)]
 
-    def _try(self, conversations: list[Any]) -> list[Reply] | Exception:
+    def _try(self, seen: list[Seen], questions: list[str]) -> list[Reply] | list[str] | Exception:
         import torch
 
-        if conversations and "chat" not in self.vlm.capabilities:
-            return ConfigError(f"{self.model} holds no conversation; ask it about one image at a time, with --image.")
+        if not seen:
+            return []
         try:
-            return self.vlm.batch(conversations, batch_size=self.batch_size, **self.generation) if conversations else []
+            if "chat" not in self.vlm.capabilities:
+                return samples_of(self.vlm, seen, questions)
+            conversations = [messages_of(one, question) for one, question in zip(seen, questions, strict=True)]
+            return self.vlm.batch(conversations, batch_size=self.batch_size, **self.generation)
         except (LavishError, torch.OutOfMemoryError) as error:
             return error
 
-    def _row(self, item: Question, outcome: Any, image: Any) -> dict[str, Any]:
-        row: dict[str, Any] = {"id": item.id, "image": item.image, "question": item.question}
+    def _row(self, item: Question, outcome: Any, seen: Any) -> dict[str, Any]:
+        row = item.fields
         if isinstance(outcome, Exception):
             message = str(outcome).removeprefix("Conversation 0 of 1: ")
             return {**row, "error": message, "error_type": type(outcome).__name__, "model": self.model}
+        if isinstance(outcome, str):  # of a model that holds no conversation
+            return {**row, "answer": outcome, "model": self.model}
         row |= {"answer": outcome.text, "finish_reason": outcome.finish_reason}
         if outcome.boxes:
+            sizes = [picture.size for picture in seen.pictures]
             row["boxes"] = [
                 {
                     "phrase": entry.phrase,
                     "boxes": [list(box) for box in entry.boxes],
-                    "boxes_px": [] if image is None else [list(box.pixels(image.size)) for box in entry.boxes],
+                    "boxes_px": [list(box.pixels(sizes[0])) for box in entry.boxes] if len(sizes) == 1 else [],
                 }
                 for entry in outcome.boxes
             ]
@@ -338,8 +314,8 @@ class Run:
         return {**row, "model": self.model}
 
 
-def _opened(batch: list[Question], images: list[Future[Any]]) -> tuple[list[Question], list[Any]]:
-    return batch, [image.result() for image in images]
+def _opened(batch: list[Question], seen: list[Future[Any]]) -> tuple[list[Question], list[Any]]:
+    return batch, [one.result() for one in seen]
 
 
 def _report(answers: Answers, questions: list[Question], seconds: float) -> int:

@@ -19,7 +19,7 @@ from lavish.cli.dialogue import IMAGE_SUFFIXES, is_url
 from lavish.cli.run_record import RunRecord, difference
 from lavish.common.errors import DataError, did_you_mean, shown
 
-FIELDS = ("image", "question", "id")
+FIELDS = ("image", "images", "video", "question", "id")
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,36 @@ class Question:
     image: str | None
     question: str
     problem: str | None = None
+    images: tuple[str, ...] | None = None
+    """Several pictures, in their order, in place of `image`."""
+    video: str | None = None
+    """Path of a video."""
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """All pictures that it is about."""
+        return self.images if self.images is not None else () if self.image is None else (self.image,)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a line of answers repeats of it."""
+        row: dict[str, Any] = {"id": self.id, "image": self.image, "question": self.question}
+        if self.images is not None:
+            row["images"] = list(self.images)
+        return row if self.video is None else {**row, "video": self.video}
 
 
-def read_questions(source: str, question: str | None) -> list[Question]:
+def read_questions(source: str, question: str | None, *, may_caption: bool = False) -> list[Question]:
     """Read what stands behind --input: a folder of images (with its subfolders), a glob, a JSONL file, or one image.
 
     The id is the path in the folder or as the glob found it, in a JSONL file the field `id` or else the line's number.
+    With `may_caption` a question may be left out, which asks for a caption.
 
     Raises:
         DataError: nothing there, no image or line found, two inputs of one id, or no question.
     """
     path = Path(os.path.expanduser(source))
+    question = "" if question is None and may_caption else question
     if os.path.isdir(path):
         found = _from_paths(sorted(_images(path)), question, source, folder=path)
     elif os.path.isfile(path) and path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -117,23 +136,38 @@ def _from_line(path: Path, number: int, key: str | int, fields: dict[str, Any] |
     if isinstance(fields, str):
         return Question(key, None, "", f"{path.name}, line {number}: {fields}")
     image, asked = fields.get("image"), fields.get("question", question)
+    images, video = fields.get("images"), fields.get("video")
     problem = None
-    if image is not None and not isinstance(image, str):
-        problem, image = f"image is {type(image).__name__}; it must be a path", None
+    for name, value in {"image": image, "video": video}.items():
+        if value is not None and not isinstance(value, str):
+            problem = f"{name} is {type(value).__name__}; it must be a path"
+    if images is not None and (not isinstance(images, list) or any(not isinstance(one, str) for one in images)):
+        problem = f"images is {shown(images)}; it must be a list of paths"
+    elif image is not None and images is not None:
+        problem = "image and images were given; give one of them"
+    if problem is not None:
+        image = images = video = None
     mistyped = [name for name in fields if name not in FIELDS and did_you_mean(name, ["image"])]
-    if "image" not in fields and mistyped:
+    if not any(name in fields for name in ("image", "images", "video")) and mistyped:
         problem = f"field {mistyped[0]!r} is not read; call it 'image', or say \"image\": null where there is none"
     if not isinstance(asked, str):
         hint = "".join(did_you_mean(name, FIELDS) for name in fields if name not in FIELDS)
         has = f"has {', '.join(shown(name) for name in fields)}" if fields else "is empty"
         problem, asked = f"no question; the line {has}.{hint}", ""
-    if image is not None and not is_url(image) and not image.startswith("data:"):
-        image = _place(image, path.parent)
-    return Question(key, image, asked, problem and f"{path.name}, line {number}: {problem}")
+    return Question(
+        key,
+        None if image is None else _place(image, path.parent),
+        asked,
+        problem and f"{path.name}, line {number}: {problem}",
+        None if images is None else tuple(_place(one, path.parent) for one in images),
+        None if video is None else _place(video, path.parent),
+    )
 
 
 def _place(image: str, folder: Path) -> str:
-    """Give the path of an image of a JSONL file: beside the file, else in the working folder."""
+    """Give the path of an image or video of a JSONL file: beside the file, else in the working folder."""
+    if is_url(image) or image.startswith("data:"):
+        return image
     path = Path(os.path.expanduser(image))
     beside = folder / path
     # os.path, unlike Path, takes what no file name can be for absent: base64 text, a NUL.
@@ -284,7 +318,7 @@ class Answers:
             asked = questions.get(row["id"])
             if asked is None:
                 why = f"holds the id {row['id']!r}, which is not among the inputs"
-            elif (row.get("image"), row.get("question")) != (asked.image, asked.question):
+            elif any(row.get(name) != asked.fields.get(name) for name in FIELDS):
                 why = f"has another image or question for the id {row['id']!r}"
             elif row.get("model") != model:
                 why = f"holds answers of {row.get('model')!r}, and {model!r} was asked"

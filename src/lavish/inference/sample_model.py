@@ -86,6 +86,24 @@ class SampleModel(VLM):
         wanted = {"image": [image], "text_input": question}
         return self.samples.predict_answers(wanted, **_options(self.samples.predict_answers, generation))[0]
 
+    def caption_all(self, images: Sequence[Any], **generation: Any) -> list[str]:
+        """Describe several pictures together, each as `caption` does.
+
+        Raises: as `caption`.
+        """
+        self._need("caption")
+        return self.samples.generate({"image": list(images)}, **_options(self.samples.generate, generation))
+
+    def answer_all(self, images: Sequence[Any], questions: Sequence[str], **generation: Any) -> list[str]:
+        """Answer a question about each of several pictures together, each as `answer` does; not for GPTDialogue.
+
+        Raises: as `answer`.
+        """
+        self._need("answer")
+        generation.setdefault("inference_method", "rank" if generation.get("answer_list") else "generate")
+        wanted = {"image": list(images), "text_input": list(questions)}
+        return self.samples.predict_answers(wanted, **_options(self.samples.predict_answers, generation))
+
     def embed(self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None) -> torch.Tensor:
         """Give vectors of length 1 whose products compare pictures with texts, (count, embed_dim); of both together
         the states of each picture with its text, (count, hidden), as `extract_features` has them at the first place.
