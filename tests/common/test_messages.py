@@ -34,6 +34,10 @@ def test_forms_of_an_image(part, source):
     assert message.images() == [source]
 
 
+def test_keys_that_say_nothing():
+    assert normalize([{**USER, "image": None, "tool_calls": [], "name": ""}]) == normalize([USER])
+
+
 def test_checked_messages_pass_through():
     checked = normalize([USER, ANSWER])
     assert normalize(checked) == checked
@@ -75,6 +79,14 @@ def test_one_conversation_or_many():
         ([USER, "Hi"], "Message 1 must be a dict .* got str"),
         ([{"role": "user"}], "Message 0 has no 'content'"),
         ([{"content": "Hi"}], "Message 0 has no 'role'"),
+        ([{**USER, "image": "a.png"}], r"Message 0 has the key 'image'.* Put it into the content: \[\{'type': 'image'"),
+        ([{**USER, "video": b"x"}], "Message 0 has the key 'video'"),
+        ([USER, {**ANSWER, "tools": [{"name": "x"}]}], "Message 1 has the key 'tools', which this model does not read"),
+        ([{**USER, "metadata": "x"}], "Message 0 has the key 'metadata'"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "Hi", "image": "a.png"}]}],
+            "part 0: a text part holds 'image'; give that a part of its own",
+        ),
         ([USER, {"role": "asistant", "content": "x"}], "Message 1 has role 'asistant'.*Did you mean 'assistant'"),
         ([{"role": "user", "content": None}], "Message 0 has content of type NoneType"),
         ([{"role": "user", "content": ["Hi"]}], "Message 0, part 0: a part must be a dict"),

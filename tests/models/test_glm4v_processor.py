@@ -456,3 +456,8 @@ def test_slots_hold_pad_ids_between_the_edges(processor):
     ids = processor.apply_chat_template(conversations()["single_image"], return_tensors=None)["input_ids"]
     at = ids.index(BOI)
     assert ids[at : at + NUM_PATCHES + 2] == [BOI, *[PAD] * NUM_PATCHES, EOI]
+
+
+def test_a_key_that_no_template_reads(processor):
+    with pytest.raises(PromptError, match="Message 0 has the key 'picture', which this model does not read"):
+        processor.apply_chat_template([{"role": "user", "content": "Hi", "picture": "a.png"}])

@@ -14,6 +14,7 @@ from typing import Any
 from lavish.common.errors import PromptError, did_you_mean
 
 ROLES = ("system", "user", "assistant")
+MESSAGE_KEYS = ("role", "content")
 PART_TYPES = ("text", "image", "image_url", "video")
 IMAGE_KEYS = ("image", "url", "path")
 VIDEO_KEYS = ("video", "path")
@@ -152,9 +153,14 @@ def _message(message: Any, index: int) -> Message:
         return message
     if not isinstance(message, Mapping):
         raise PromptError(f"Message {index} must be a dict with 'role' and 'content', got {type(message).__name__}.")
-    missing = [key for key in ("role", "content") if key not in message]
+    missing = [key for key in MESSAGE_KEYS if key not in message]
     if missing:
         raise PromptError(f"Message {index} has no {missing[0]!r}; it has {sorted(map(str, message))}.")
+    # An empty value says nothing: lists of messages that other programs wrote hold such keys.
+    said = [key for key, value in message.items() if key not in MESSAGE_KEYS and not _is_empty(value)]
+    if said:
+        hint = f" Put it into the content: [{{'type': {said[0]!r}, ...}}]." if said[0] in PART_TYPES else ""
+        raise PromptError(f"Message {index} has the key {said[0]!r}, which this model does not read.{hint}")
     role = message["role"]
     if role not in ROLES:
         hint = did_you_mean(str(role), ROLES)
@@ -165,6 +171,10 @@ def _message(message: Any, index: int) -> Message:
     if role != "user" and any(isinstance(part, VideoPart) for part in parts):
         raise PromptError(f"Message {index} has role {role!r} and holds a video; videos belong to user messages.")
     return Message(role, parts)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def _parts(content: Any, index: int) -> tuple[Part, ...]:
@@ -186,6 +196,9 @@ def _part(part: Any, where: str) -> Part:
         )
     kind = part["type"]
     if kind == "text":
+        media = [key for key in ("image", "image_url", "video") if part.get(key) is not None]
+        if media:
+            raise PromptError(f"{where}: a text part holds {media[0]!r}; give that a part of its own.")
         return TextPart(_text(part.get("text"), where))
     if kind == "image":
         return ImagePart(_source(part, IMAGE_KEYS, f"{where}: an image part"))

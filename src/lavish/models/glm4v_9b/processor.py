@@ -433,7 +433,8 @@ def _plain(message: Any, index: int) -> Any:
     if role not in ALL_ROLES:
         hint = did_you_mean(role, ALL_ROLES)
         raise PromptError(f"Message {index} has role {role!r}; known roles are {', '.join(ALL_ROLES)}.{hint}")
-    plain = {"role": role if role in ROLES else "user"}
+    plain = {key: value for key, value in message.items() if key not in ("content", "image", "metadata", "tools")}
+    plain["role"] = role if role in ROLES else "user"
     if "content" in message or "image" in message:
         plain["content"] = message.get("content", "")
     return plain
