@@ -244,6 +244,11 @@ def test_what_else_the_processor_refuses() -> None:
         processor().decode([-100])
 
 
+def test_the_processor_is_not_called() -> None:
+    with pytest.raises(PromptError, match="answers conversations only: use apply_chat_template"):
+        processor()(text="a <|im_end|><|extra_0|> b", images=[str(IMAGES / "img0.png")])
+
+
 def test_shapes_of_the_batch() -> None:
     chat = processor().apply_chat_template
     assert isinstance(chat(messages("text_only"), return_tensors=None)["input_ids"][0], int)

@@ -111,6 +111,17 @@ class ClipQwenProcessor(ProcessorMixin):
 
     # Prompts
 
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """CLIP + Qwen has no format but its chat template; transformers' own call would let typed tokens live.
+
+        Raises:
+            PromptError: always.
+        """
+        raise PromptError(
+            "CLIP + Qwen answers conversations only: use apply_chat_template([{'role': 'user', 'content': [{'type': "
+            "'image', 'image': ...}, {'type': 'text', 'text': '...'}]}])."
+        )
+
     def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         messages: Any,
