@@ -13,7 +13,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -142,7 +142,7 @@ def dispatch(network: Any, device_map: DeviceMap) -> None:
         dispatch_model(
             network,
             {name: str(device) for name, device in device_map.items()},
-            main_device=str(main_device(device_map)),
+            main_device=cast(Any, str(main_device(device_map))),  # a name, as in the map
             offload_dir=folder,
             skip_keys=network._skip_keys_device_placement,
             force_hooks=True,

@@ -321,7 +321,10 @@ def outline(path: Path | None, layout: Mapping[str, Any], config: Any = None) ->
     fields = {name: value for name, value in section.items() if name not in SECTION_KEYS}
     asked = {name: value for name, value in read_fields(config).items() if name not in SECTION_KEYS}
     _check_keys(fields | asked)
-    tensors = None if path is None else _tensors(path)
-    made = read_config(fields, "model", **asked) if path is None else _config(path, tensors, fields, asked)
+    if path is None:
+        tensors, made = None, read_config(fields, "model", **asked)
+    else:
+        tensors = _tensors(path)
+        made = _config(path, tensors, fields, asked)
     with torch.device("meta"):
         return GPTDialogueLMHeadModel(made), tensors, RULES
