@@ -7,12 +7,15 @@ import pytest
 import torch
 from test_families import FIXTURES, GENERATION, TINY, ask, conversations, load_tiny
 from tolerance import SAME_MATH, close
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lavish
 from lavish.common.errors import ConfigError, MissingDependency
 from lavish.inference import layer_split
+from lavish.inference.cache import SliceCache
 from lavish.inference.steps import Prompt
 from lavish.models import family_of
+from lavish.models.cogvlm.routing import ExpertRouting
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -75,32 +78,61 @@ def test_answers_are_those_of_one_device(name) -> None:
             close(network(**inputs).logits, network_of(alone)(**inputs).logits, SAME_MATH)
 
 
+TOWER, FIRST, SECOND = "cpu:3", "cpu:1", "cpu:2"
+
+
+def pretend(made: Any, device_map: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a network without values on devices that are not there; torch refuses to mix them."""
+    monkeypatch.setattr("accelerate.hooks.set_module_tensor_to_device", lambda *args, **kwargs: None)
+    place = layer_split.placement(device_map)
+    for name, parameter in list(made.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        empty = torch.empty(parameter.shape, device=place(name))
+        made.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
+    for name, buffer in list(made.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=place(name))
+        made.get_submodule(owner)._buffers[leaf] = empty
+    layer_split.dispatch(made, device_map)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_what_goes_from_block_to_block_is_moved(name, monkeypatch) -> None:
-    """From the second layer on the network is on another device, "meta": torch refuses to mix it with the first."""
+    """Tower, first and other layers on three devices, of which torch knows the names and the rules alone."""
     vlm = load_tiny(name)
-    network = network_of(vlm)
-    device_map = half_on("meta", vlm)
-    monkeypatch.setattr(layer_split, "main_device", lambda device_map: torch.device("cpu"))
-    layer_split.dispatch(network, {unit: torch.device(device) for unit, device in device_map.items()})
-    batch = prompts(vlm, name)
-    for rows in (batch, batch[:1], batch[1:2]):
-        cache = lavish.inference.cache.SliceCache(vlm._steps.num_layers)
-        logits, state = vlm._steps.prefill(rows, vlm._features(rows), cache)
-        assert logits.is_meta
-        keep = list(range(0, len(rows), 2))
-        vlm._steps.select_rows(keep, state, cache)
-        assert vlm._steps.decode([1] * len(keep), state, cache).is_meta
-        assert {layer.keys.device.type for layer in cache.layers} == {"cpu", "meta"}
-    for prompt in batch:
-        inputs = {"input_ids": torch.tensor([prompt.token_ids]), "pixel_values": prompt.pixel_values}
-        inputs["token_type_ids"] = torch.tensor([prompt.token_type_ids])
-        with torch.no_grad():
-            # The root's own hook brings the output back to where the input was, which nothing can from "meta".
-            assert type(network).forward(network, **inputs).logits.is_meta
+    towers = family_of(network_of(vlm)).towers
+    device_map = {unit: FIRST if device == "cpu" else SECOND for unit, device in half_on("", vlm).items()}
+    device_map |= {unit: TOWER for unit in device_map if f"{unit}.".startswith(towers) or unit == "query_tokens"}
+    pixels = prompts(vlm, name)[0].pixel_values.shape
+    with torch.device("meta"):
+        network = type(network_of(vlm))(network_of(vlm).config).eval()
+    with FakeTensorMode(), torch.no_grad():
+        pretend(network, device_map, monkeypatch)
+        with pytest.raises(RuntimeError, match="at least two devices"):
+            torch.zeros(2, device=FIRST) + torch.zeros(2, device=SECOND)
+        ids = torch.zeros(2, 24, dtype=torch.long, device=FIRST)
+        mask = torch.ones_like(ids)
+        inputs_embeds = network.get_input_embeddings()(ids)
+        assert str(inputs_embeds.device) == FIRST
+        assert str(network.get_image_features(torch.empty(pixels)).device) == TOWER
+        cache = SliceCache(vlm._steps.num_layers)
+        if name == "cogvlm":
+            features = torch.empty(1, 48, inputs_embeds.shape[-1], device=TOWER)
+            inputs_embeds = network.model.place(inputs_embeds, mask.bool(), features)
+            index = [torch.zeros(length, dtype=torch.long, device=FIRST) for length in (32, 16, 48)]
+            for is_last_only in (True, False):
+                cache = SliceCache(vlm._steps.num_layers)
+                routing = ExpertRouting(None, *index)
+                hidden = network.model(inputs_embeds, ids, mask, routing, cache, [], is_last_only=is_last_only)
+        else:
+            hidden = network.decode_hidden(inputs_embeds, ids, mask, cache, network.request_state([24, 24]))
+        assert str(network.lm_head(hidden).device) == SECOND
+        assert {str(layer.keys.device) for layer in cache.layers} == {FIRST, SECOND}
+        cache.select_rows(torch.zeros(1, dtype=torch.long, device=FIRST))
+        assert {str(layer.keys.device) for layer in cache.layers} == {FIRST, SECOND}
 
 
-def test_one_device_is_as_before(monkeypatch) -> None:
+def test_one_device_is_as_before() -> None:
     vlm = load_tiny("cogvlm")
     assert not hasattr(network_of(vlm), "_hf_hook")
     assert (
