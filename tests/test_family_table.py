@@ -1,6 +1,7 @@
 """docs/families.md says what the code can do."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,14 @@ def test_every_capability_is_a_method_and_said_of_some_family() -> None:
         assert callable(getattr(SampleModel, name))
         assert any(name in row.capabilities for row in FAMILIES)
     assert all(set(row.capabilities) <= set(CAPABILITIES) for row in FAMILIES)
+
+
+def test_the_index_names_every_page_and_links_lead_somewhere() -> None:
+    index = ROOT / "docs" / "index.md"
+    links = re.findall(r"\]\(([^)#]+)\)", index.read_text(encoding="utf-8"))
+    assert [link for link in links if not (index.parent / link).exists()] == []
+    assert {page.name for page in index.parent.glob("*.md")} - {"index.md"} <= set(links)
+    for readme in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        assert "(docs/index.md)" in text
+        assert [row.name for row in FAMILIES if f"(docs/{row.name}.md)" not in text] == []
