@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import lavish
 from lavish.cli.dialogue import Dialogue, looks_like_image, plain_path, save_new
 from lavish.cli.wording import EN, ZH
 from lavish.common import grounding
 from lavish.inference.vlm import Reply, Usage
 
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 SHORT = {"max_new_tokens": 4}
 
 
@@ -76,6 +78,26 @@ def test_a_new_image_begins_a_new_conversation(vlm, script, picture: Path, other
     assert dialogue.image_name == str(other_picture)
     assert len(dialogue.messages) == 4
     assert dialogue.messages[0]["content"][1]["text"] == "And this?"
+
+
+def test_a_new_image_joins_where_a_model_takes_several(script, picture: Path, other_picture: Path, tmp_path) -> None:
+    folder = FIXTURES / "minigpt4qwen/open/checkpoint"
+    config = {"vision_config": {"num_attention_heads": 4}}
+    several = lavish.load(folder, llm=FIXTURES / "qwen/llm", config=config)
+    asked = ["What?", f"/image {other_picture}", f"/image {picture}", "And these?", "More?"]
+    screen = script([*asked, f"/save {tmp_path / 'a.json'}", f"/save {tmp_path / 'a.md'}", "stop"])
+    dialogue, status = talk(several, screen, tmp_path, picture)
+    assert status == 0
+    assert EN.new_image not in screen.notes
+    assert screen.notes.count(EN.image_joins) == 2
+    contents = [message["content"] for message in dialogue.messages[::2]]
+    assert [part["type"] for part in contents[0]] == ["image", "text"]
+    assert [part["type"] for part in contents[1]] == ["image", "image", "text"]
+    assert contents[2] == "More?"
+    assert dialogue.messages[5]["content"] == several.chat(dialogue.messages[:5], **SHORT).text
+    saved = json.loads((tmp_path / "a.json").read_text())["messages"]
+    assert [part.get("image") for part in saved[2]["content"]] == [str(other_picture), str(picture), None]
+    assert (tmp_path / "a.md").read_text().count("![") == 3
 
 
 def test_image_alone_asks(vlm, script, picture: Path, tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class Dialogue:
         self.messages: list[dict[str, Any]] = []
         self.image: Image | None = None
         self.image_name = ""
+        self._named: list[tuple[Image, str]] = []
+        self._unasked: list[Image] = []
         self.video: str | None = None
         self.template = template
         self._wants_image = False
@@ -251,9 +253,13 @@ class Dialogue:
         except KeyboardInterrupt:
             self.screen.note(self.words.stopped)
             return False
-        if self.messages:
-            self.screen.note(self.words.new_image)
-        self._set_image(image, source)
+        if self._takes_several and (self._named or self.messages or self.video):
+            self.screen.note(self.words.image_joins)
+            self._add_image(image, source)
+        else:
+            if self.messages:
+                self.screen.note(self.words.new_image)
+            self._set_image(image, source)
         shown = source if is_url(source) else Path(source).name
         self.screen.note(self.words.image_set.format(name=shown, width=image.width, height=image.height))
         if self.asks_nothing_first:
@@ -262,8 +268,23 @@ class Dialogue:
 
     def _set_image(self, image: Image | None, name: str) -> None:
         """Begin a conversation about an image, or about none."""
-        self.image, self.image_name, self.messages, self.video = image, name, [], None
+        self.image, self.image_name, self.messages, self.video = None, "", [], None
+        self._named, self._unasked = [], []
         self._wants_image = self._image_failed = False
+        if image is not None:
+            self._add_image(image, name)
+
+    def _add_image(self, image: Image, name: str) -> None:
+        """Put an image into the next question; boxes are drawn on the newest."""
+        self.image, self.image_name = image, name
+        self._named.append((image, name))
+        self._unasked.append(image)
+        self._wants_image = self._image_failed = False
+
+    @property
+    def _takes_several(self) -> bool:
+        # Only the processor of a family that was trained with several images says how many.
+        return getattr(self.vlm.processor, "max_images", 1) != 1
 
     # --- questions --------------------------------------------------------------------------------------------------
 
@@ -271,11 +292,10 @@ class Dialogue:
         """Ask a question and show the answer as it comes; None if it failed, and then the history is as before."""
         import torch
 
-        content: Any = question
-        if not self.messages and self.image is not None:
-            content = [{"type": "image", "image": self.image}, {"type": "text", "text": question}]
+        seen: list[dict[str, Any]] = [{"type": "image", "image": image} for image in self._unasked]
         if not self.messages and self.video is not None:
-            content = [{"type": "video", "video": self.video}, {"type": "text", "text": question}]
+            seen.insert(0, {"type": "video", "video": self.video})
+        content: Any = [*seen, {"type": "text", "text": question}] if seen else question
         messages = [*self.messages, {"role": "user", "content": content}]
         self.screen.begin(self.words.answer.format(name=self.name), self.words.thinking)
         started_s, problem, stream = time.monotonic(), "", None
@@ -298,7 +318,7 @@ class Dialogue:
             return None
         if reply is None or (reply.finish_reason == "cancelled" and not reply.text):
             return None
-        self.messages = [*messages, {"role": "assistant", "content": reply.text}]
+        self.messages, self._unasked = [*messages, {"role": "assistant", "content": reply.text}], []
         if reply.boxes:
             self._draw(reply)
         return reply
@@ -334,14 +354,14 @@ class Dialogue:
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def _as_json(self) -> str:
-        messages = json.loads(json.dumps(self.messages, default=lambda image: self.image_name))
+        names = {id(image): name for image, name in self._named}
+        messages = json.loads(json.dumps(self.messages, default=lambda image: names[id(image)]))
         record = {"model": self.vlm.name, "template": self.template_name, "messages": messages}
         return json.dumps(record, ensure_ascii=False, indent=2) + "\n"
 
     def _as_markdown(self) -> str:
         lines = [f"# {self.vlm.name}\n"]
-        if self.image is not None:
-            lines.append(f"![{self.image_name}](<{self.image_name}>)\n")
+        lines += [f"![{name}](<{name}>)\n" for _, name in self._named]
         if self.video is not None:
             lines.append(f"[{self.video}](<{self.video}>)\n")
         for message in self.messages:

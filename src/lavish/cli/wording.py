@@ -25,6 +25,7 @@ class Wording:
     image_none: str
     image_keeps: str
     new_image: str
+    image_joins: str
     cleared: str
     saved: str
     save_exists: str
@@ -59,6 +60,7 @@ EN = Wording(
     image_none="text only, no image",
     image_keeps="The image stays as it was.",
     new_image="A model of this kind takes one image a conversation: a new conversation begins.",
+    image_joins="The image joins the conversation, with the next question.",
     cleared="A new conversation.",
     saved="Conversation saved: {path}",
     save_exists="{path} exists already and is not overwritten; give another name: /save FILE",
@@ -78,7 +80,7 @@ EN = Wording(
     timing="{seconds}, {count} tokens, {rate:.1f} tokens/s",
     user_title="User",
     help="""\
-/image [PATH or URL]  another image, and a new conversation; alone, it asks
+/image [PATH or URL]  another image; alone, it asks
 /clear, clear         forget the conversation, ask for an image again
 /save [FILE]          write the conversation: .json as messages, else Markdown
 /template [NAME]      show or change the prompt format: {templates}
@@ -101,6 +103,7 @@ ZH = Wording(
     image_none="纯文字对话，没有图片",
     image_keeps="图片不变。",
     new_image="此类模型每段对话只能看一张图片：开始新的对话。",
+    image_joins="图片已加入对话，随下一个问题发送。",
     cleared="新的对话。",
     saved="对话已保存：{path}",
     save_exists="{path} 已存在，不会覆盖；请换一个文件名：/save 文件名",
@@ -120,7 +123,7 @@ ZH = Wording(
     timing="{seconds}，{count} 个 token，{rate:.1f} token/s",
     user_title="用户",
     help="""\
-/image [路径或网址]   换一张图片并开始新的对话；不带参数则询问
+/image [路径或网址]   另一张图片；不带参数则询问
 /clear, clear         清空对话，重新询问图片
 /save [文件]          保存对话：.json 保存为消息格式，其他为 Markdown
 /template [名称]      查看或切换提示词模板：{templates}

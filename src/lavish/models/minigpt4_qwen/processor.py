@@ -91,6 +91,9 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
     `max_window_size` the tokens (slots counted) that the system message and past turns of a prompt may take.
     """
 
+    max_images: int | None = None
+    """Most images of a conversation; None: as many as fit."""
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
