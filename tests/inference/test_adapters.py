@@ -88,6 +88,31 @@ def test_adapters_that_are_refused(v2, adapter, tmp_path):
         lavish.load(v2.folder, adapter=tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"init_lora_weights": "pissa"}, "'pissa' changes the weights of the base"),
+        ({"init_lora_weights": "loftq"}, "'loftq' changes the weights of the base"),
+        ({"r": "8"}, "the rank 'r' is '8'"),
+        ({"r": 10**9}, "a rank of 1000000000 and the largest that is stored is 4"),
+        ({"target_modules": 5}, "target_modules is 5"),
+        ({"target_modules": [5]}, r"target_modules is \[5\]"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern holds '\(', which is no pattern"),
+        ({"rank_pattern": [3]}, r"rank_pattern is \[3\]"),
+    ],
+)
+def test_fields_that_are_refused_before_the_network_changes(v2, adapter, change, words):
+    folder, _ = adapter
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    vlm = lavish.load(v2.folder, device="cpu")
+    before = {name: value.clone() for name, value in vlm.model.state_dict().items()}
+    with pytest.raises((ConfigError, CheckpointError), match=words):
+        vlm.load_adapter(folder, "x")
+    assert vlm.adapters == ()
+    assert all(torch.equal(value, before[name]) for name, value in vlm.model.state_dict().items())
+
+
 def test_an_adapter_of_another_family(v2):
     other = Path(__file__).parents[1] / "fixtures/glm4v/open/adapter"
     with pytest.raises(MissingKeys, match=r"none of its \d+ tensors .* in this CogVLM.*of another family or size"):

@@ -5,6 +5,7 @@ Several may be on one network, one of them active; `VLM` has the calls that swit
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,6 +31,8 @@ from lavish.nn.packed import PackedLinear
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 DEFAULT_NAME = "default"
+PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base alone; `pissa`, `olora`, `corda` and `loftq` do not."""
 
 NativeAdapter = Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
 """From the fields and tensors of an adapter as it was released to those that fit lavish's modules."""
@@ -95,6 +98,7 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
     found: dict[str, Any] = dict(hf.read(weights))
     if native is not None:
         fields, found = native(fields, found)
+    _check_fields(folder, fields, found)
     config = LoraConfig(**_lora_fields(folder, fields, LoraConfig))
     if is_quantized(network):
         _check_plain(folder, fields)
@@ -172,14 +176,49 @@ def _layers_over_quantized() -> dict[type[nn.Module], Any]:
     return layers
 
 
+def _check_fields(folder: Path, fields: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Refuse fields of a wrong type or beyond the stored tensors, and beginnings that change the base's weights."""
+    where = folder / ADAPTER_CONFIG
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start not in PLAIN_STARTS:
+        raise ConfigError(
+            f"{where}: init_lora_weights {shown(start)} changes the weights of the base, and this LoRA counts from the "
+            "changed ones. Convert it to a plain one where it was trained (peft: save_pretrained with "
+            "path_initial_model_for_weight_conversion=)."
+        )
+    targets = fields.get("target_modules")
+    is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    if targets is not None and not isinstance(targets, str) and not is_list:
+        raise ConfigError(f"{where}: target_modules is {shown(targets)}; it is a pattern or a list of names.")
+    stored = max(
+        (value.shape[0] for key, value in found.items() if "lora_A" in key or "lora_embedding_A" in key), default=0
+    )
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = fields.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            raise ConfigError(f"{where}: {name} is {shown(patterns)}; it gives numbers by the names of modules.")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{where}: {name} holds {shown(pattern)}, which is no pattern: {error}.") from error
+    ranks = {"r": fields.get("r", 8), **(fields.get("rank_pattern") or {})}
+    for name, rank in ranks.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ConfigError(f"{where}: the rank {name!r} is {shown(rank)}; it is a whole number above 0.")
+    if stored and max(ranks.values()) > stored:
+        raise CheckpointError(
+            f"{where}: has a rank of {max(ranks.values())} and the largest that is stored is {stored}; the two files "
+            "are not of one adapter."
+        )
+
+
 def _check_plain(folder: Path, fields: Mapping[str, Any]) -> None:
     """Refuse adapters that read or change the weights that they lie on."""
-    start = fields.get("init_lora_weights")
-    if fields.get("use_dora") or (isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva")):
-        what = "use_dora" if fields.get("use_dora") else f"init_lora_weights {start!r}"
+    if fields.get("use_dora"):
         raise ConfigError(
-            f"{folder / ADAPTER_CONFIG}: {what} reads the weights of the base, which are quantised. Merge the adapter "
-            "into the float base, save, and quantise the result."
+            f"{folder / ADAPTER_CONFIG}: use_dora reads the weights of the base, which are quantised. Merge the "
+            "adapter into the float base, save, and quantise the result."
         )
 
 
