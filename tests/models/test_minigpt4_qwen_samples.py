@@ -20,7 +20,7 @@ from PIL import Image
 from tolerance import MINIGPT4_QWEN
 from transformers import GenerationConfig
 
-from lavish.common.errors import ConfigError, DataError, PromptError
+from lavish.common.errors import ConfigError, DataError, PromptError, ShapeMismatch, UnexpectedKeys
 from lavish.models import load_model, load_model_and_preprocess
 
 SHORT = {"max_new_tokens": 14}
@@ -149,9 +149,15 @@ def test_a_checkpoint_later(tmp_path):
     torch.save({"model": other, "epoch": 3}, tmp_path / "checkpoint_3.pth")
     made.load_checkpoint(tmp_path / "checkpoint_3.pth")
     assert torch.equal(made.network.projector.weight, other["llm_proj.weight"])
-    torch.save({"stray": torch.ones(1)}, tmp_path / "wrong.pth")
-    with pytest.raises(ConfigError, match="'stray'"):
-        made.load_checkpoint(tmp_path / "wrong.pth")
+    ones = {"llm_proj.bias": torch.ones(64)}
+    for wrong, error, words in (
+        ({**ones, "stray": torch.ones(1), "strays": torch.ones(1)}, UnexpectedKeys, "2 of 3 tensors .* first 'stray'"),
+        ({**ones, "llm_proj.weight": torch.ones(3, 3)}, ShapeMismatch, r"weight' is \(3, 3\), not \(64, 48\)"),
+    ):
+        torch.save(wrong, tmp_path / "wrong.pth")
+        with pytest.raises(error, match=words):
+            made.load_checkpoint(tmp_path / "wrong.pth")
+        assert torch.equal(made.network.projector.bias, other["llm_proj.bias"])
 
 
 def test_wrong_calls():
@@ -190,5 +196,5 @@ def test_calls_without_what_they_need():
     with pytest.raises(PromptError, match="one or more conversations"):
         model()({"image": images(0), "conversations": []})
     for conversations in ([3], [["hi"]], ["hi"]):
-        with pytest.raises(PromptError, match="Sample 0: a (turn must|conversation is)"):
+        with pytest.raises(PromptError, match=r"Sample 0: a (turn must|conversation is)"):
             model()({"image": images(0), "conversations": conversations})

@@ -17,7 +17,16 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lavish.checkpoints import hf, hub
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.checkpoints.loading import load_into, rearrange
-from lavish.common.errors import ConfigError, DataError, PromptError, did_you_mean, shown
+from lavish.common.errors import (
+    ConfigError,
+    DataError,
+    MissingKeys,
+    PromptError,
+    ShapeMismatch,
+    UnexpectedKeys,
+    did_you_mean,
+    shown,
+)
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
 from lavish.models.minigpt4_qwen.config import MiniGPT4QwenConfig, read_config
 from lavish.models.minigpt4_qwen.model import MiniGPT4QwenForConditionalGeneration
@@ -114,12 +123,21 @@ class MiniGPT4Qwen(BaseModel):
         """Replace what a trained piece holds; the rest stays.
 
         Raises:
-            CheckpointError: absent, damaged, or a tensor that does not fit.
+            CheckpointError: absent, damaged, or a tensor that does not fit; the network is left as it was.
         """
-        found = rearrange(read_trained(local_file(url_or_filename)), RULES)
-        missing, unexpected = self.network.load_state_dict(found, strict=False)
-        if unexpected or len(missing) == len(self.network.state_dict()):
-            raise ConfigError(f"{url_or_filename}: {shown(unexpected or 'no tensor')} does not fit this network.")
+        path = local_file(url_or_filename)
+        found, expected = rearrange(read_trained(path), RULES), self.network.state_dict()
+        if not found:
+            raise MissingKeys(f"{path}: holds no tensor; give what a training of this model wrote.")
+        if unexpected := sorted(found.keys() - expected.keys()):
+            raise UnexpectedKeys(
+                f"{path}: {len(unexpected)} of {len(found)} tensors have no place in this network, first "
+                f"{shown(unexpected[0])}."
+            )
+        for name, value in found.items():
+            if value.shape != expected[name].shape:
+                raise ShapeMismatch(f"{path}: {name!r} is {tuple(value.shape)}, not {tuple(expected[name].shape)}.")
+        self.network.load_state_dict(found, strict=False)
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
