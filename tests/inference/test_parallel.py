@@ -252,6 +252,11 @@ def test_what_needs_whole_layers_is_refused(v2, monkeypatch, tmp_path):
         lavish.load(v2.folder, device="cpu", parallel="tensor", quantization="int8")
     with pytest.raises(ConfigError, match="takes no adapter"):
         lavish.load(v2.folder, device="cpu", parallel="tensor", adapter=tmp_path)
+    with pytest.raises(ConfigError, match="takes no pack=True"):
+        lavish.load(v2.folder, device="cpu", parallel="tensor", pack=True)
+    with pytest.raises(ConfigError, match="device_map= gives the blocks of one process several"):
+        lavish.load(v2.folder, device="cpu", parallel="tensor", device_map="auto")
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,49 @@
+"""One process asks and another computes along: the same answers, also after an answer that was cut short."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from in_step_program import answers
+
+import lavish
+from lavish.inference.in_step import undisturbed
+
+PROGRAM = Path(__file__).with_name("in_step_program.py")
+
+
+def test_answers_stay_in_step_after_an_interruption(v2, tmp_path: Path) -> None:
+    picture, told = v2.image("square.png"), tmp_path / "told.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(PROGRAM)]
+    done = subprocess.run(
+        [*command, str(v2.folder), str(picture), str(told)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(told.read_text())
+    alone = answers(lavish.load(v2.folder, device="cpu"), str(picture))
+    assert len({len(row) for row in alone[-3:]}) > 1, "rows of the batch must end one after the other"
+    assert found["first"] == found["again"] == "cancelled"
+    assert found["answers"] == alone
+    assert found["after"] == alone
+    assert found["length"] <= 3, "caches that the first process let go are let go by all"
+
+
+def test_ctrl_c_waits_for_the_end_of_a_pass() -> None:
+    passed = []
+
+    def a_pass() -> None:
+        with undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            passed.append("the rest of the block")
+
+    with pytest.raises(KeyboardInterrupt):
+        a_pass()
+    assert passed
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
