@@ -353,7 +353,13 @@ def _token_ids(llm: Path) -> dict[str, Any]:
     file = llm / RANK_FILE
     if not file.is_file():
         raise CheckpointError(f"{llm}: no {RANK_FILE}, the tokenizer of Qwen's first generation. Fetch it.")
-    end_of_text = sum(1 for line in file.read_bytes().splitlines() if line.strip())
+    lines = [line.split() for line in file.read_bytes().splitlines() if line.strip()]
+    if any(len(line) != 2 or not line[1].isdigit() for line in lines):
+        raise CheckpointError(
+            f"{file} is no rank file: expected 'base64 rank' in each of its lines. It is another model's tokenizer, or "
+            "damaged; fetch the file again."
+        )
+    end_of_text = len(lines)
     return {
         "pad_token_id": end_of_text,
         "eos_token_id": [end_of_text + 2, end_of_text + 1],  # <|im_end|>, <|im_start|>
