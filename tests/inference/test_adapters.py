@@ -113,6 +113,33 @@ def test_fields_that_are_refused_before_the_network_changes(v2, adapter, change,
     assert all(torch.equal(value, before[name]) for name, value in vlm.model.state_dict().items())
 
 
+def test_weights_learn_again_once_the_adapters_are_off(v2, adapter):
+    folder, _ = adapter
+    vlm = lavish.load(v2.folder, device="cpu")
+    frozen = next(name for name, _ in vlm.model.named_parameters())
+    vlm.model.get_parameter(frozen).requires_grad_(False)
+
+    def learning():
+        return {name: weight.requires_grad for name, weight in vlm.model.named_parameters()}
+
+    before = learning()
+    assert sum(not learns for learns in before.values()) == 1
+    vlm.load_adapter(folder, "one")
+    vlm.load_adapter(folder, "two")
+    vlm.unload_adapters()
+    assert learning() == before
+    vlm.load_adapter(folder, "one")
+    vlm.merge_adapter()
+    assert learning() == before
+    path = folder / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    for change in ({"target_modules": ["no_such_layer"]}, {"target_modules": ["vision_expert_query_key_value"]}):
+        path.write_text(json.dumps({**fields, **change}))
+        with pytest.raises((ConfigError, CheckpointError)):
+            vlm.load_adapter(folder, "x")
+        assert learning() == before
+
+
 def test_an_adapter_of_another_family(v2):
     other = Path(__file__).parents[1] / "fixtures/glm4v/open/adapter"
     with pytest.raises(MissingKeys, match=r"none of its \d+ tensors .* in this CogVLM.*of another family or size"):

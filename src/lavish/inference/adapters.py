@@ -104,6 +104,7 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
         _check_plain(folder, fields)
         config._register_custom_module(_layers_over_quantized())
     is_first = not isinstance(network, PeftModel)
+    trainable = _trainable(network)
     if not is_first and name in network.peft_config:
         raise ConfigError(f"An adapter {name!r} is on the network already; give the new one another name.")
     try:
@@ -115,6 +116,7 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
                 model = network
                 model.add_adapter(name, config)
     except ValueError as error:  # what peft raises when no layer has a name of target_modules
+        _set_trainable(network, trainable)
         raise ConfigError(
             f"{folder}: does not fit this {_called(network)}, so it is of another family or size: {error}"
         ) from error
@@ -122,13 +124,36 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
         _fill(model, name, found, weights)
     except CheckpointError:
         if is_first:
-            model.unload()
+            _set_trainable(model.unload(), trainable)
         else:
             model.delete_adapter(name)
         raise
+    if is_first:
+        model.trainable_in_base = trainable
     # For whoever saves it; not before, peft would look for that model's config on the hub.
     model.peft_config[name].base_model_name_or_path = fields.get("base_model_name_or_path")
     return model.eval()
+
+
+def take_off(model: Any, merged: str | None = None) -> Any:
+    """Give the network of a `PeftModel` without adapters, `merged` added to its weights.
+
+    peft freezes every weight of the base when it puts the first adapter on; here they learn again as they did before.
+    """
+    network = model.unload() if merged is None else model.merge_and_unload(adapter_names=[merged])
+    # A PeftModel that the caller made does not say how its base was before.
+    if (trainable := getattr(model, "trainable_in_base", None)) is not None:
+        _set_trainable(network, trainable)
+    return network
+
+
+def _trainable(network: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, weight in network.named_parameters() if weight.requires_grad)
+
+
+def _set_trainable(network: nn.Module, names: frozenset[str]) -> None:
+    for name, weight in network.named_parameters():
+        weight.requires_grad_(name in names)
 
 
 def _fill(model: Any, name: str, found: dict[str, Any], weights: Path) -> None:

@@ -26,7 +26,7 @@ from lavish.common.errors import (
     did_you_mean,
     shown,
 )
-from lavish.inference.adapters import NativeAdapter, apply_adapter, is_quantized
+from lavish.inference.adapters import NativeAdapter, apply_adapter, is_quantized, take_off
 from lavish.inference.cache import SliceCache
 from lavish.inference.decoder_steps import slots_beyond_positions, steps_for
 from lavish.inference.options import GenerationOptions, parse_options, read_sampling_defaults
@@ -367,14 +367,14 @@ class VLM:
                 "An adapter cannot be merged into quantised weights. Load without quantization=, merge, save, and "
                 "quantise the result."
             )
-        self.model = self.model.merge_and_unload(adapter_names=[self._active])
+        self.model = take_off(self.model, self._active)
         self._active = None
         self._forget()
 
     def unload_adapters(self) -> None:
         """Take all adapters off: the base is bit for bit what it was before them."""
         if self.adapters:
-            self.model = self.model.unload()
+            self.model = take_off(self.model)
         self._active = None
         self._forget()
 
