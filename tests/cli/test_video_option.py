@@ -60,6 +60,15 @@ def test_predict_and_chat_see_the_video(
     assert "video a movie.mp4" in printed.err
 
 
+def test_inspect_finds_no_image_experts(video_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(video_model), "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["is_complete"]
+    assert "image experts" not in {part["name"] for part in seen["parts"]}
+    assert main(["inspect", str(video_model), "--tree", "--set", "num_hidden_layers=1"]) == 0
+    assert "vision_expert" not in capsys.readouterr().out
+
+
 def test_saved_conversations_name_the_video(vlm, script, movie: Path, tmp_path: Path) -> None:
     from lavish.cli.dialogue import Dialogue
     from lavish.cli.wording import WORDINGS
