@@ -215,6 +215,15 @@ def test_one_process_is_never_run_silently(v2, size, monkeypatch):
         lavish.load(v2.folder, parallel="tensor")
 
 
+def test_several_processes_without_the_option_are_told_once(v2, monkeypatch, caplog):
+    as_process(monkeypatch, 1, 2)
+    lavish.load(v2.folder, device="cpu")
+    assert not caplog.records
+    as_process(monkeypatch, 0, 2)
+    lavish.load(v2.folder, device="cpu")
+    assert "This run has 2 processes, and each loads the whole network for itself." in caplog.text
+
+
 def test_an_unknown_way_is_refused(v2):
     with pytest.raises(ConfigError, match=r"No parallel='tensors'\. Did you mean 'tensor'\?"):
         lavish.load(v2.folder, parallel="tensors")

@@ -12,6 +12,7 @@ Not here: training (no gradient passes the sums), saving, several machines' star
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,8 @@ from lavish.common import dist
 from lavish.common.errors import ConfigError, did_you_mean
 from lavish.inference.placement import resolve_device
 from lavish.models import Family
+
+logger = logging.getLogger(__name__)
 
 PARALLEL = ("tensor",)
 
@@ -75,10 +78,17 @@ features."""
 def check_parallel(parallel: str | None) -> None:
     """Check that a way to share a network is known, and that there are processes to share it.
 
+    None among several processes is logged: each of them then holds the whole network, which may be meant.
+
     Raises:
         ConfigError: an unknown name, or one process only: that would be a silent run alone.
     """
     if parallel is None:
+        if dist.world_size() > 1 and dist.is_main():
+            logger.warning(
+                "This run has %d processes, and each loads the whole network for itself. parallel='tensor' shares it.",
+                dist.world_size(),
+            )
         return
     if parallel not in PARALLEL:
         raise ConfigError(
