@@ -1,6 +1,7 @@
 """PEFT adapters through lavish.load."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,13 @@ def test_fields_that_are_refused_before_the_network_changes(v2, adapter, change,
         vlm.load_adapter(folder, "x")
     assert vlm.adapters == ()
     assert all(torch.equal(value, before[name]) for name, value in vlm.model.state_dict().items())
+
+
+def test_loading_an_adapter_warns_of_nothing(v2, adapter):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vlm = lavish.load(v2.folder, adapter=adapter[0], device="cpu")
+        vlm.load_adapter(adapter[0], "two")
 
 
 def test_weights_learn_again_once_the_adapters_are_off(v2, adapter):

@@ -110,6 +110,9 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type .*Int8Linear")  # registered above
+            # peft 0.21 asks transformers 5.23 whether activations are checkpointed under the attribute's old name;
+            # the answer is right, and the user can do nothing about the question.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             if is_first:
                 model = get_peft_model(network, config, adapter_name=name)
             else:
