@@ -258,3 +258,26 @@ def test_no_config_chooses_what_runs(name: str, tmp_path: Path) -> None:
         *("sdpa", "eager", None)
     }
     assert "other" not in again.config.attribute_map.values()
+
+
+@pytest.mark.parametrize("name", ["minigpt4_qwen", "clip_qwen"])
+def test_a_rope_where_there_is_one_table(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"rope='float32' was given, and the family '{name}' has one .* option of cogvlm and"
+    ):
+        load_tiny(name, rope="float32")
+
+
+@pytest.mark.parametrize("name", ["minigpt4_qwen", "clip_qwen"])
+def test_heads_of_an_odd_width(loaded: Callable[[str], "lavish.VLM"], name: str) -> None:
+    family = next(row for row in FAMILIES if row.name == name)
+    fields = loaded(name).model.config.to_dict()
+    with pytest.raises(ConfigError, match="the rotation pairs the halves of a head"):
+        family.read_config(fields, "config.json", text_config={"hidden_size": 60, "num_attention_heads": 4})
+
+
+def test_no_tokens_give_no_logits(loaded: Callable[[str], "lavish.VLM"]) -> None:
+    for name in TINY:
+        network = loaded(name).model
+        logits = network(input_ids=torch.zeros(1, 0, dtype=torch.long)).logits
+        assert logits.shape[:2] == (1, 0)

@@ -87,7 +87,7 @@ def load(
         tokenizer: folder or hub id of the tokenizer (CogVLM v1 has its own apart), or a tokenizer.
         config: fields that replace those of config.json, as a dict or a JSON or YAML file.
         rope: "reference" (the release's numbers) or "float32" for the rotary table of half-precision models; default
-          as stored.
+          as stored. CogVLM's and GLM-4V's have it.
         revision: of a hub id.
         parallel: "tensor" shares the network among the processes that torchrun started, on as many GPUs or on the CPU.
           All of them load, make the same calls one after the other, and get the same answers.
@@ -293,6 +293,7 @@ def open_release(path: Path, overrides: dict[str, Any], pieces: Mapping[str, str
         return _open_folder(path, overrides, pieces)
     _check_pieces(pieces, family)
     release = family.open_release(path, {name: hub.resolve(value) for name, value in pieces.items()})
+    _check_rope(overrides, family)
     config = family.read_config(release.fields, str(path), **overrides)
     sampling_defaults = read_sampling_defaults(release.generation_config, f"{path}: generation_config.json")
     return Opened(
@@ -346,6 +347,7 @@ def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Iterable[str])
     config_dict = read_config_json(folder)
     family = table.detect_family(config_dict, str(folder / "config.json"))
     _check_pieces(pieces, family, is_whole=True)
+    _check_rope(overrides, family)
     config = family.read_config(config_dict, str(folder / "config.json"), **overrides)
     answering = folder / "generation_config.json"
     generation_config = read_optional_object(answering)
@@ -368,6 +370,15 @@ def _check_pieces(pieces: Iterable[str], family: table.Family, *, is_whole: bool
         raise ConfigError(
             f"lavish.load got {name!r}: no option, and the family {family.name!r} {what}."
             f"{did_you_mean(name, [*known, *options])} Options: {', '.join(options)}."
+        )
+
+
+def _check_rope(overrides: Mapping[str, Any], family: table.Family) -> None:
+    if "rope" in overrides and "rope" not in family.config_class.__dataclass_fields__:
+        known = [row.name for row in table.FAMILIES if "rope" in row.config_class.__dataclass_fields__]
+        raise ConfigError(
+            f"rope={shown(overrides['rope'])} was given, and the family {family.name!r} has one rotary table only; "
+            f"rope= is an option of {' and '.join(known)}. Leave it out."
         )
 
 

@@ -196,6 +196,11 @@ def _check_part(part: str, sizes: Mapping[str, Any]) -> None:
             f"config: {part}.hidden_size {sizes['hidden_size']} does not divide into {sizes['num_attention_heads']} "
             "heads."
         )
+    if part == "text_config" and sizes["hidden_size"] // sizes["num_attention_heads"] % 2:
+        raise ConfigError(
+            f"config: text_config.hidden_size {sizes['hidden_size']} and {sizes['num_attention_heads']} heads give "
+            "heads of an odd width; it must be even, as the rotation pairs the halves of a head."
+        )
     if sizes["num_hidden_layers"] > MAX_LAYERS:
         raise ConfigError(f"config: {part}.num_hidden_layers is {sizes['num_hidden_layers']}, over {MAX_LAYERS}.")
 

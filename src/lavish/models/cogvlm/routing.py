@@ -96,7 +96,7 @@ class ExpertRouting:
             stream = batch.transpose(0, 1).reshape(seq * rows, -1)  # time first: contiguous cuts whatever the batch
             before, vision, after = stream.split((start * rows, (stop - start) * rows, (seq - stop) * rows))
             return torch.cat((before, after)), vision
-        stream = batch.reshape(rows * seq, -1)
+        stream = batch.reshape(rows * seq, batch.shape[2:].numel())  # -1 is ambiguous where there are no tokens
         if self.language_index is None or self.vision_index is None:
             return stream, None
         return stream.index_select(0, self.language_index), stream.index_select(0, self.vision_index)

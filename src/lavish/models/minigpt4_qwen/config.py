@@ -93,6 +93,8 @@ class MiniGPT4QwenConfig(PreTrainedConfig):
             _check(f"{name}.hidden_size % num_attention_heads", rest, 0, "heads of equal width")
             if part.num_hidden_layers > MAX_LAYERS:
                 raise ConfigError(f"config: {name}.num_hidden_layers is {part.num_hidden_layers}, over {MAX_LAYERS}.")
+        width = text.hidden_size // text.num_attention_heads
+        _check("width of a head of text_config % 2", width % 2, 0, "the rotation pairs the halves of a head")
         for name, size in (("image_size", self.image_size), ("vision_config.image_size", vision.image_size)):
             _check(f"{name} % patch_size", cast(int, size) % cast(int, vision.patch_size), 0, "whole patches")
         if self.image_token_id >= text.vocab_size:
