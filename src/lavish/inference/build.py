@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 import lavish.models as table
 from lavish.checkpoints import hub
 from lavish.checkpoints.layouts import read_config_json
+from lavish.checkpoints.placement import resolve_device, resolve_dtype
 from lavish.common.errors import ConfigError, check_path, did_you_mean, shown
 from lavish.inference.load import POCKET, read_fields
-from lavish.inference.placement import resolve_device, resolve_dtype
 
 
 def build(

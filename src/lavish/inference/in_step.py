@@ -20,10 +20,10 @@ from weakref import WeakKeyDictionary, finalize
 import torch
 from torch import distributed
 
+from lavish.checkpoints.placement import resolve_device
 from lavish.common import dist
 from lavish.common.errors import ConfigError, LavishError
 from lavish.inference.cache import SliceCache
-from lavish.inference.placement import resolve_device
 from lavish.inference.steps import Prompt
 from lavish.inference.vlm import VLM
 

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lavish.checkpoints.loading import load_into
+from lavish.checkpoints.placement import resolve_device
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import ConfigError, MissingDependency, did_you_mean, shown
-from lavish.inference.placement import resolve_device
 from lavish.models import Family
 
 DISK = "disk"

@@ -24,6 +24,7 @@ from lavish.checkpoints import hf, hub, lavis
 from lavish.checkpoints.json_file import read_optional_object
 from lavish.checkpoints.layouts import read_config_json
 from lavish.checkpoints.loading import load_into
+from lavish.checkpoints.placement import resolve_device, resolve_dtype
 from lavish.checkpoints.release import Release
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout, check_path, did_you_mean, shown
@@ -31,7 +32,6 @@ from lavish.inference import layer_split, packing
 from lavish.inference.adapters import ADAPTER_CONFIG, apply_adapter, find_base, is_adapter
 from lavish.inference.options import read_sampling_defaults
 from lavish.inference.parallel import check_parallel, load_share, local_device, refuse_with_parallel, shared_seeds
-from lavish.inference.placement import resolve_device, resolve_dtype
 from lavish.inference.quantization import (
     INT8,
     check_quantization,

@@ -25,11 +25,11 @@ from torch import distributed, nn
 from transformers import PreTrainedModel
 
 from lavish.checkpoints.loading import Cut, load_into
+from lavish.checkpoints.placement import resolve_device
 from lavish.checkpoints.rules import matches
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common import dist
 from lavish.common.errors import ConfigError, did_you_mean
-from lavish.inference.placement import resolve_device
 from lavish.models import Family
 
 logger = logging.getLogger(__name__)

@@ -44,7 +44,7 @@ def load_model(
         ConfigError: no such model, type or device, or a wrong config.
         CheckpointError: weights that are absent, damaged or do not fit.
     """
-    from lavish.inference.placement import resolve_device  # lavish.inference imports lavish.models
+    from lavish.checkpoints.placement import resolve_device  # only a call pays for torch
 
     if not isinstance(is_eval, bool):
         raise ConfigError(f"is_eval is True or False, not {shown(is_eval)}.")

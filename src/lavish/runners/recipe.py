@@ -26,12 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavish import __version__
 from lavish.checkpoints import hub
+from lavish.checkpoints.placement import resolve_device
 from lavish.common import config as configs
 from lavish.common import dist
 from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
 from lavish.common.registry import registry
 from lavish.inference.load import POCKET, load
-from lavish.inference.placement import resolve_device
 from lavish.runners.runner_base import Progress, RunnerBase
 from lavish.runners.schema import RunConfig
 from lavish.tasks.base_task import BaseTask

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lavish.checkpoints.placement import resolve_device
 from lavish.common import dist
 from lavish.common.errors import CheckpointError, ConfigError, TrainingError
-from lavish.inference.placement import resolve_device
 from lavish.runners.optim import build_optimizer, lr_schedule
 from lavish.runners.run_folder import RunFolder
 from lavish.runners.schema import RunConfig
