@@ -13,8 +13,6 @@ from lavish.cli import main
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 MINIGPT4 = FIXTURES / "minigpt4qwen/open/checkpoint"
 BLIP = FIXTURES / "blip_caption/open/checkpoint"
-# peft 0.21 asks transformers 5.23 under the attribute's old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 @pytest.fixture
