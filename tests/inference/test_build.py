@@ -48,6 +48,14 @@ def test_fields_are_overridden(overrides):
     assert network.config.vision_config.hidden_size == 1792
 
 
+def test_positions_follow_from_the_side_of_the_picture():
+    tower = {"image_size": 56, "num_hidden_layers": 1}
+    network = lavish.build("cogvlm2-llama3-chat-19B", num_hidden_layers=1, vision_config=tower)
+    assert network.config.vision_config.num_positions == 17
+    with pytest.raises(ConfigError, match="num_positions is 9217 and must be 17"):
+        lavish.build("cogvlm2-llama3-chat-19B", vision_config={**tower, "num_positions": 9217})
+
+
 def test_an_unknown_field_suggests_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean 'num_hidden_layers'"):
         lavish.build("cogvlm2-llama3-chat-19B", num_hiden_layers=2)

@@ -231,7 +231,10 @@ def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
     given = dotted_names(renamed)
     if "vision_config" in renamed:
         _check_form(renamed, "what was given")
-        renamed["vision_config"] = {**vision, **(renamed["vision_config"] or {})}
+        wanted = renamed["vision_config"] or {}
+        if not wanted.keys().isdisjoint(("image_size", "patch_size")):
+            wanted = {"num_positions": None, **wanted}  # follows from them
+        renamed["vision_config"] = {**vision, **wanted}
     try:
         return CogVLMConfig(**{**fields, "vision_config": vision, **renamed})
     except ConfigError as error:
