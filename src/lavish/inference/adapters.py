@@ -132,7 +132,7 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
             model.delete_adapter(name)
         raise
     if is_first:
-        model.trainable_in_base = trainable
+        vars(model)["trainable_in_base"] = trainable  # kept with what it is true of, until it is unloaded
     # For whoever saves it; not before, peft would look for that model's config on the hub.
     model.peft_config[name].base_model_name_or_path = fields.get("base_model_name_or_path")
     return model.eval()
