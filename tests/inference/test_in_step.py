@@ -35,7 +35,15 @@ def test_answers_stay_in_step_after_an_interruption(v2, tmp_path: Path) -> None:
     assert found["length"] <= 3, "caches that the first process let go are let go by all"
 
 
-def test_ctrl_c_waits_for_the_end_of_a_pass() -> None:
+@pytest.fixture
+def heard():
+    """Ctrl-C as in a terminal; a shell starts what runs in its background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_pass(heard) -> None:
     passed = []
 
     def a_pass() -> None:
