@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from lavish.checkpoints import lavis
-from lavish.checkpoints.tensor_map import TensorInfo
 from lavish.common.errors import CheckpointError, UnknownLayout, UnsafeCheckpoint
 
 
@@ -27,7 +26,6 @@ def equal(read, expected: dict[str, torch.Tensor]) -> bool:
 def test_a_flat_file(tmp_path: Path, weights) -> None:
     torch.save(weights, tmp_path / "eva_vit_g.pth")
     assert equal(lavis.read(tmp_path / "eva_vit_g.pth"), weights)
-    assert lavis.read_beside(tmp_path / "eva_vit_g.pth") == {}
 
 
 def test_a_wrapped_file(tmp_path: Path, weights) -> None:
@@ -49,9 +47,6 @@ def test_what_a_run_saves(tmp_path: Path) -> None:
     }
     torch.save(saved, tmp_path / "checkpoint_best.pth")
     assert equal(lavis.read(tmp_path / "checkpoint_best.pth"), net.state_dict())
-    beside = lavis.read_beside(tmp_path / "checkpoint_best.pth")
-    assert (beside["epoch"], beside["config"], beside["scaler"]) == (3, saved["config"], None)
-    assert isinstance(beside["optimizer"]["state"][0]["exp_avg"], TensorInfo)
 
 
 def test_a_tensor_named_model_is_flat(tmp_path: Path, weights) -> None:

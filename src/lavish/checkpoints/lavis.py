@@ -34,21 +34,6 @@ def read(path: str | Path) -> TensorMap:
     return TensorMap(file, _weights(file, read_tree(file)))
 
 
-def read_beside(path: str | Path) -> dict[str, Any]:
-    """Give what stands beside the weights (`config`, `epoch` ...); empty for a flat file.
-
-    Tensors in it, those of the optimizer, are `TensorInfo` records.
-
-    Raises:
-        As `read`.
-    """
-    file = find_file(Path(path))
-    tree = read_tree(file)
-    if not isinstance(tree, dict) or not _is_wrapped(tree):
-        return {}
-    return {str(name): value for name, value in tree.items() if name != WEIGHTS}
-
-
 def find_file(path: Path) -> Path:
     """Name the one `.pth` file that `path` is or holds.
 

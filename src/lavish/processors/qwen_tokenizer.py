@@ -25,8 +25,6 @@ QWEN_SPLIT = (
 )
 END_OF_TEXT, IM_START, IM_END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{index}|>" for index in range(205)))
-MAX_WINDOW_TOKENS = 6144
-"""Of system text and past turns together (`max_window_size`); the last question is not counted."""
 
 
 def load_qwen_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
