@@ -6,13 +6,15 @@ Without torchrun there is one process and nothing here does anything. torch is i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
 
 from lavish.common.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+Value = TypeVar("Value")
 
 
 def world_size() -> int:
@@ -70,6 +72,36 @@ def total(value: float) -> float:
     summed = torch.tensor([value], dtype=torch.float64)
     add_up([summed])
     return float(summed)
+
+
+def gather(value: Value) -> list[Value]:
+    """Give what every process gave, in their order; each process gets all of it. The values must be picklable."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    gathered: list[Value | None] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered  # pyright: ignore[reportReturnType]
+
+
+def on_main(compute: Callable[[], Value]) -> Value:
+    """Compute in the main process alone and give the result to all; what it raises, all raise."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return compute()
+    outcome: list[tuple[Value | None, Exception | None]] = [(None, None)]
+    if is_main():
+        try:
+            outcome = [(compute(), None)]
+        except Exception as error:  # noqa: BLE001 - the others wait; they are told, and all raise it
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value  # pyright: ignore[reportReturnType]
 
 
 def wait_for_all() -> None:

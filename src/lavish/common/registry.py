@@ -1,4 +1,4 @@
-"""The registry: names of models, processors, dataset builders, tasks and runners, and the classes behind them.
+"""The registry: names of models, processors, dataset builders, tasks, runners and schedules, and the classes behind them.
 
 What is built in stands in `BUILT_IN` as "module:Class" and is imported when it is first asked for. The decorators are
 for what a user adds from a module of their own; method names are those of LAVIS. Unlike there a name that is unknown
@@ -42,6 +42,13 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "runner": {
         "runner_base": "lavish.runners.runner_base:RunnerBase",
         "runner_iter": "lavish.runners.runner_iter:RunnerIter",
+    },
+    "lr_scheduler": {
+        "constant_lr": "lavish.runners.schedules:ConstantLR",
+        "linear_warmup_cosine_lr": "lavish.runners.schedules:LinearWarmupCosineLR",
+        "linear_warmup_cosine_lr_step-wise": "lavish.runners.schedules:LinearWarmupStepwiseCosineLR",
+        "linear_warmup_linear_lr": "lavish.runners.schedules:LinearWarmupLinearLR",
+        "linear_warmup_step_lr": "lavish.runners.schedules:LinearWarmupStepLR",
     },
 }
 
@@ -146,6 +153,10 @@ class Registry:
         """Decorate a runner class to enter it under `name`."""
         return self._kinds["runner"].register(name)
 
+    def register_lr_scheduler(self, name: str) -> Callable[[Class], Class]:
+        """Decorate a schedule of the learning rate to enter it under `name`."""
+        return self._kinds["lr_scheduler"].register(name)
+
     def get_model_class(self, name: str) -> Any:
         """Give the model class of a name; unknown names raise ConfigError."""
         return self._kinds["model"].get(name)
@@ -165,6 +176,10 @@ class Registry:
     def get_runner_class(self, name: str) -> Any:
         """Give the runner class of a name; unknown names raise ConfigError."""
         return self._kinds["runner"].get(name)
+
+    def get_lr_scheduler_class(self, name: str) -> Any:
+        """Give the schedule class of a name; unknown names raise ConfigError."""
+        return self._kinds["lr_scheduler"].get(name)
 
     def list_models(self) -> list[str]:
         """Give the sorted model names."""
@@ -186,9 +201,13 @@ class Registry:
         """Give the sorted runner names."""
         return sorted(self._kinds["runner"].entries)
 
-    def register_path(self, name: str, path: str | Path) -> None:
-        """Enter a path under a name. Raises ConfigError when the name is taken."""
-        if name in self._paths:
+    def list_lr_schedulers(self) -> list[str]:
+        """Give the sorted names of schedules."""
+        return sorted(self._kinds["lr_scheduler"].entries)
+
+    def register_path(self, name: str, path: str | Path, *, replace: bool = False) -> None:
+        """Enter a path under a name. Raises ConfigError when the name is taken, unless it is to be replaced."""
+        if name in self._paths and not replace:
             raise ConfigError(f"The path name {name!r} is taken by {self._paths[name]}.")
         self._paths[name] = str(path)
 

@@ -23,7 +23,7 @@ from lavish.common.errors import CheckpointError, ConfigError, TrainingError
 from lavish.runners.optim import build_optimizer, lr_schedule
 from lavish.runners.run_folder import RunFolder
 from lavish.runners.schema import RunConfig
-from lavish.tasks.base_task import BaseTask, TrainingData
+from lavish.tasks.base_task import BaseTask, TrainingData, read_losses
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -192,7 +192,7 @@ class RunnerBase:
         for _, share in self.passes(self.step):
             samples = {key: self._to_device(value) for key, value in next(batches).items()}
             with autocast:
-                losses = self.task.train_step(model, samples)
+                losses = read_losses(self.task.train_step(model, samples))
             (losses["loss"] * share).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) * share

@@ -1,11 +1,34 @@
-"""What every task offers to the runners: model and data that a recipe names, one training step, evaluation."""
+"""What every task offers: model and data that a recipe names, the steps of training and validation, the score.
 
-from collections.abc import Callable
+Names and signatures are those of LAVIS, so that a task written for it runs here with the import's first word replaced.
+Source: salesforce/LAVIS, lavis/tasks/base_task.py. Unlike there, results are merged exactly once at any number of
+processes, losses may be lower-is-better, and nothing needs CUDA.
+
+The order in which a runner calls a task:
+
+    task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
+    datasets = task.build_datasets(cfg)                     # {dataset name: {split: dataset}}
+    model = task.build_model(cfg)
+    task.before_training(model=model, dataset=datasets)
+    losses = read_losses(task.train_step(model, samples))   # every step
+    task.before_evaluation(model=model, dataset=dataset)    # every split; all processes make these three calls
+    results = task.evaluation(model, data_loader)           # of this process
+    metrics = task.after_evaluation(val_result=results, split_name="val", epoch=3)      # of all, equal in all
+    metrics["agg_metrics"]                                  # what the best checkpoint is chosen by
+    task.higher_is_better                                   # in which direction
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from omegaconf import DictConfig
+import torch
 from torch import nn
+
+from lavish.common.registry import registry
+from lavish.tasks.results import save_result
 
 
 class TrainingData(Protocol):
@@ -21,36 +44,124 @@ class TrainingData(Protocol):
 
 
 class BaseTask:
-    """Base of the tasks.
+    """Base of the tasks; a subclass overrides what it does differently."""
 
-    A subclass gives `setup_task`, `build_model`, `build_datasets`, and what it does differently.
-    """
+    higher_is_better: ClassVar[bool] = True
+    """Whether more of `agg_metrics` is better; a task that reports a loss says False."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.inst_id_key = "instance_id"
 
     @classmethod
-    def setup_task(cls, config: DictConfig) -> "BaseTask":
-        """Build the task from a merged recipe; wrong settings raise here, before anything heavy starts."""
+    def setup_task(cls, cfg: Any, **kwargs: Any) -> BaseTask:
+        """Build the task from a merged recipe; wrong settings raise here, before anything heavy starts.
+
+        Args:
+            cfg: the `lavish.common.config.Config` of a LAVIS recipe; for tasks of recipes with stages the merged
+                `DictConfig`.
+            kwargs: nothing; a task of one's own may take more.
+        """
         return cls()
 
     def check_training(self) -> None:
         """Check what only training needs of the recipe; nothing, unless a task knows more. Builds nothing heavy."""
 
-    def build_model(self) -> nn.Module:
-        """Build the module to train."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how its model is built; override build_model().")
+    def build_model(self, cfg: Any) -> nn.Module:
+        """Build the model that `cfg.model_cfg` names, weights included where it names some."""
+        section = cfg.model_cfg
+        return registry.get_model_class(section.arch).from_config(section)
 
-    def build_datasets(self) -> dict[str, TrainingData]:
-        """Build the datasets by split."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it trains on; override build_datasets().")
+    def build_datasets(self, cfg: Any) -> dict[str, Any]:
+        """Build the datasets that `cfg.datasets_cfg` names: {dataset name: {split: dataset}}."""
+        return {
+            str(name): registry.get_builder_class(str(name))(section).build_datasets()
+            for name, section in cfg.datasets_cfg.items()
+        }
 
-    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
-        """Compute the losses of one batch; `loss` is the one that is minimised, the others are logged."""
-        return model(samples)
+    # -- steps
+
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> Any:
+        """Compute the losses of one batch: the one that is minimised, and all that are logged, by name.
+
+        What a task of one's own returns may also be the loss alone or a mapping with `loss`; `read_losses` takes all.
+        """
+        output = model(samples)
+        return output["loss"], {name: value for name, value in output.items() if "loss" in name}
+
+    def valid_step(self, model: nn.Module, samples: dict[str, Any]) -> list[Any]:
+        """Give the results of one batch, one for each sample: dicts that hold the sample's id."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it validates; override valid_step().")
+
+    def inference_step(self) -> Any:
+        """Answer without a score; no task of lavish does."""
+        raise NotImplementedError(f"{type(self).__name__} has no inference step; override inference_step().")
+
+    def before_training(self, model: nn.Module, dataset: Any, **kwargs: Any) -> None:
+        """Tell the model of its training, where it has a method for that."""
+        prepare = getattr(model, "before_training", None)  # LAVIS's models may have one; ours need none
+        if prepare is not None:
+            prepare(dataset=dataset, task_type=type(self))
+
+    def before_evaluation(self, model: nn.Module, dataset: Any, **kwargs: Any) -> None:
+        """Tell the model what it is evaluated on, where it has a method for that."""
+        prepare = getattr(model, "before_evaluation", None)  # as above
+        if prepare is not None:
+            prepare(dataset=dataset, task_type=type(self))
+
+    # -- evaluation
+
+    @torch.no_grad()
+    def evaluation(self, model: nn.Module, data_loader: Iterable[Any], cuda_enabled: bool | None = None) -> list[Any]:
+        """Give the results of this process: `valid_step` of each batch, joined.
+
+        Args:
+            model: in eval mode.
+            data_loader: the batches of this process; each sample in one process only.
+            cuda_enabled: LAVIS's; batches go where the model is, whatever it says.
+        """
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        results: list[Any] = []
+        for samples in data_loader:
+            results.extend(self.valid_step(model=model, samples=to_device(samples, device)))
+        return results
+
+    def after_evaluation(
+        self, val_result: Any = None, split_name: str = "", epoch: Any = None, **kwargs: Any
+    ) -> dict[str, Any] | None:
+        """Merge the results of all processes and give the metrics, `agg_metrics` among them; equal in all processes.
+
+        Every process calls it with its own results. None where the task measures nothing.
+        """
+        return None
+
+    @staticmethod
+    def save_result(result: list[Any], result_dir: str | Path, filename: str, remove_duplicate: str = "") -> str:
+        """Write the results of all processes into `<result_dir>/<filename>.json`; see `results.save_result`."""
+        return save_result(result, result_dir, filename, remove_duplicate)
 
     def finish(self, model: nn.Module, folder: Path) -> None:
         """Write what a finished run leaves besides its checkpoints; nothing, unless a task has more to give."""
 
-    def evaluation(
-        self, vlm: Any, folder: Path, batch_size: int, progress: Callable[[int, int], None]
-    ) -> dict[str, Any]:
-        """Score a loaded model, write its answers into `folder` and give the summary; `progress(done, total)`."""
-        raise NotImplementedError(f"{type(self).__name__} cannot score a model; use a task that can, such as 'scenes'.")
+
+def read_losses(output: Any) -> dict[str, torch.Tensor]:
+    """Give what a train step returned as losses by name; `loss` is the one to minimise, the others are logged.
+
+    A step returns (loss, losses by name) as LAVIS's do, a mapping with `loss`, or the loss alone.
+    """
+    if isinstance(output, torch.Tensor):
+        return {"loss": output}
+    if isinstance(output, Mapping):
+        return dict(output)
+    loss, parts = output
+    return {**parts, "loss": loss}
+
+
+def to_device(samples: Any, device: torch.device | str) -> Any:
+    """Move the tensors of a batch, also those within its lists and mappings."""
+    if isinstance(samples, torch.Tensor):
+        return samples.to(device, non_blocking=True)
+    if isinstance(samples, dict):
+        return {name: to_device(value, device) for name, value in samples.items()}
+    if isinstance(samples, list):
+        return [to_device(value, device) for value in samples]
+    return samples

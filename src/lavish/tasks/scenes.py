@@ -156,13 +156,13 @@ class ScenesTask(BaseTask):
         self.config = config
 
     @classmethod
-    def setup_task(cls, config: DictConfig) -> "ScenesTask":
+    def setup_task(cls, cfg: DictConfig) -> "ScenesTask":
         """Build the task from a merged recipe.
 
         Raises:
             ConfigError: unknown keys or wrong values in `task:` or `datasets.scenes:`.
         """
-        return cls(config)
+        return cls(cfg)
 
     # -- training
 
@@ -198,7 +198,7 @@ class ScenesTask(BaseTask):
         config._attn_implementation = self.task.attn_implementation
         return config
 
-    def build_model(self) -> SceneLearner:
+    def build_model(self, cfg: Any = None) -> SceneLearner:
         """Build the network with its starting weights, and take over the parts that earlier stages trained.
 
         Raises:
@@ -234,7 +234,11 @@ class ScenesTask(BaseTask):
         except RuntimeError as error:
             raise ShapeMismatch(f"{path}: {error}. {advice}") from error
 
-    def build_datasets(self) -> dict[str, TrainingData]:
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
+        """Compute the losses of one batch, and the share of right tokens, which is logged beside them."""
+        return model(samples)
+
+    def build_datasets(self, cfg: Any = None) -> dict[str, TrainingData]:
         """Give the endless training scenes as `train`."""
         config = self._network_config()
         vision = config.tower
@@ -272,7 +276,7 @@ class ScenesTask(BaseTask):
 
     # -- evaluation
 
-    def evaluation(
+    def evaluation(  # pyright: ignore[reportIncompatibleMethodOverride] - scores a model of `lavish.load`
         self, vlm: VLM, folder: Path, batch_size: int, progress: Callable[[int, int], None]
     ) -> dict[str, Any]:
         """Ask every held-out question, write each answer to `answers.jsonl` and give the scores (`score.summarise`)."""
