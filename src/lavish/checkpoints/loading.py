@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lavish.checkpoints.rules import Joined, Optional, Plan, Rule, matches, plan, without_surplus
-from lavish.checkpoints.tensor_map import ITEM_BYTES, MappedFile, TensorInfo, TensorMap
+from lavish.checkpoints.tensor_map import Assembled, MappedFile, Stored, TensorMap, view
 from lavish.common.errors import CheckpointError, MissingKeys, ShapeMismatch, UnexpectedKeys, did_you_mean
 
 ONE_THREAD_NUMEL = 32_000
@@ -36,6 +36,11 @@ class Cut:
     def take(self, stored: torch.Tensor) -> torch.Tensor:
         """Cut the part out; of a memory-mapped tensor only its own pages are read."""
         parts = [stored.narrow(self.dim, start, stop - start) for start, stop in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
+
+    def assemble(self, tensors: TensorMap, info: Assembled) -> torch.Tensor:
+        """Put the part together from the pieces that hold it; of the others nothing is read."""
+        parts = [tensors.assemble(view(info, self.dim, start, stop)) for start, stop in self.spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
 
@@ -81,17 +86,19 @@ def load_into(
         mapped = tensors.open(file)
         for name in names:
             cast_to = None if matches(keep_dtype, name) else dtype
-            if name in places.joined:
-                info, stored = None, _join(tensors, places.joined[name])
-            else:
-                info = stored_info(tensors, places, name)
-                stored = mapped.tensor(info)
-            if name in cuts:
-                stored = cuts[name].take(stored)
             target = device if place is None else place(name)
-            value = _place(f"{file}: {sources[name]!r}", stored, cast_to, target)
-            if info is not None:
-                mapped.forget(info)
+            what = f"{file}: {sources[name]!r}"
+            info = None if name in places.joined else stored_info(tensors, places, name)
+            if isinstance(info, Assembled):
+                stored = tensors.assemble(info) if name not in cuts else cuts[name].assemble(tensors, info)
+                value = _place(what, stored, cast_to, target, is_own=True)
+            else:
+                stored = mapped.tensor(info) if info is not None else _join(tensors, places.joined[name])
+                if name in cuts:
+                    stored = cuts[name].take(stored)
+                value = _place(what, stored, cast_to, target)
+                if info is not None:
+                    mapped.forget(info)
             if tied[name] not in placed:
                 placed[tied[name]] = _as_target(targets[name], value)
             elif device.type != "meta" and not _are_equal(placed[tied[name]], value):
@@ -106,7 +113,7 @@ def load_into(
     return [name for name, value in everything if value.is_meta and device.type != "meta"]
 
 
-def stored_info(tensors: TensorMap, places: Plan, target: str) -> TensorInfo:
+def stored_info(tensors: TensorMap, places: Plan, target: str) -> Stored:
     """Say where the tensor lies that becomes `target`: a whole stored tensor, or a part of one as a view of the file.
 
     Raises:
@@ -122,11 +129,7 @@ def stored_info(tensors: TensorMap, places: Plan, target: str) -> TensorInfo:
             f"{tensors.path}: {source!r} is {info.shape} in {info.file.name} and becomes "
             f"{part.num_parts} parts of {part.sizes or 'equal size'} along dimension {part.dim}, first {target!r}."
         )
-    start, stop = span
-    stride = info.stride or _contiguous_stride(info.shape)
-    shape = tuple(stop - start if dim == part.dim else size for dim, size in enumerate(info.shape))
-    offset = info.offset + start * stride[part.dim] * ITEM_BYTES[info.dtype]
-    return TensorInfo(shape, info.dtype, info.file, offset, stride)
+    return view(info, part.dim, *span)
 
 
 def rearrange(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[str, torch.Tensor]:
@@ -152,13 +155,6 @@ def rearrange(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dic
     return made
 
 
-def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides))
-
-
 def _join(tensors: TensorMap, joined: Joined) -> torch.Tensor:
     """Read the parts of a merged tensor, each from its own file."""
     parts: list[torch.Tensor | None] = []
@@ -168,6 +164,9 @@ def _join(tensors: TensorMap, joined: Joined) -> torch.Tensor:
             parts.append(None)
             continue
         info = tensors.info(name)
+        if isinstance(info, Assembled):
+            parts.append(tensors.assemble(info))
+            continue
         maps.append(tensors.open(info.file))
         parts.append(maps[-1].tensor(info))
     return _joined_tensor(next(name for name in joined.names if name is not None), parts, joined)
@@ -316,11 +315,15 @@ def _by_file(tensors: TensorMap, sources: dict[str, str]) -> dict[Path, list[str
     return files
 
 
-def _place(what: str, stored: torch.Tensor, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
+def _place(
+    what: str, stored: torch.Tensor, dtype: torch.dtype | None, device: torch.device, *, is_own: bool = False
+) -> torch.Tensor:
     """Copy a view of the file to the device and cast it there; on the CPU and for float64, which not every device has,
-    cast first."""
+    cast first. A tensor that is its `own` memory and no view needs no copy."""
     cast_to = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
-    if device.type == "cpu" or stored.dtype == torch.float64:
+    if is_own and stored.dtype == cast_to:
+        value = stored.to(device)
+    elif device.type == "cpu" or stored.dtype == torch.float64:
         value = _copy(stored, cast_to).to(device)
     else:
         value = stored.to(device).to(cast_to).contiguous()

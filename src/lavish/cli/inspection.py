@@ -18,7 +18,7 @@ from typing import Any
 import lavish.models as table
 from lavish.checkpoints import hf, hub, lavis, layouts
 from lavish.checkpoints.rules import matches
-from lavish.checkpoints.tensor_map import ITEM_BYTES, TensorInfo, TensorMap
+from lavish.checkpoints.tensor_map import ITEM_BYTES, Stored, TensorInfo, TensorMap
 from lavish.cli.loading import resolve_model
 from lavish.common.errors import ConfigError
 
@@ -266,8 +266,8 @@ def _as_infos(expected: Mapping[str, Any], dtype: str) -> dict[str, TensorInfo]:
     return {name: TensorInfo(tensor.shape, dtype, nowhere, 0) for name, tensor in expected.items()}
 
 
-def _parts(infos: Mapping[str, TensorInfo], expected: Mapping[str, Any], order: tuple[str, ...]) -> list[Part]:
-    groups: dict[str, list[TensorInfo]] = {name: [] for name in (*order, "unexpected")}
+def _parts(infos: Mapping[str, Stored], expected: Mapping[str, Any], order: tuple[str, ...]) -> list[Part]:
+    groups: dict[str, list[Stored]] = {name: [] for name in (*order, "unexpected")}
     for name, info in infos.items():
         groups[expected[name].part if name in expected else "unexpected"].append(info)
     return [

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavish.checkpoints.tensor_map import TensorInfo
+from lavish.checkpoints.tensor_map import Stored, TensorInfo
 from lavish.cli.inspection import Inspection, Memory, Part
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ def look(name_or_path: str | Path, overrides: Mapping[str, Any], pieces: Mapping
     )
 
 
-def _parts(seen: Outline, stored: Mapping[str, TensorInfo]) -> list[Part]:
+def _parts(seen: Outline, stored: Mapping[str, Stored]) -> list[Part]:
     """Count decoder layers, what sees, and the rest (tables, norms, head); other networks by their first modules."""
     family = seen.family
-    groups: dict[str, list[TensorInfo]] = {}
+    groups: dict[str, list[Stored]] = {}
     if family.opener is None:
         groups = {"decoder layers": [], "what sees": [], "embedding, norms, head": []}
     for name, info in stored.items():

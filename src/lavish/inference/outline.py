@@ -19,7 +19,7 @@ from lavish.checkpoints import hf, hub
 from lavish.checkpoints.layouts import read_config_json
 from lavish.checkpoints.loading import stored_info
 from lavish.checkpoints.rules import Optional, Plan, Rule, matches, plan, without_surplus
-from lavish.checkpoints.tensor_map import TensorInfo, TensorMap
+from lavish.checkpoints.tensor_map import Stored, TensorInfo, TensorMap
 from lavish.inference.build import build
 from lavish.inference.load import open_release, sample_family
 
@@ -43,7 +43,7 @@ class Outline:
         firsts = set(self._tied.values())
         return {name: tuple(value.shape) for name, value in self._targets.items() if name in firsts}
 
-    def stored(self) -> dict[str, TensorInfo]:
+    def stored(self) -> dict[str, Stored]:
         """Give what the files hold for each name of the network."""
         if self.tensors is None:
             return {}
@@ -83,7 +83,7 @@ class Outline:
         return without_surplus(plan(tensors, self.rules), self._targets, self.rules)
 
 
-def _info(tensors: TensorMap, places: Plan, target: str) -> TensorInfo:
+def _info(tensors: TensorMap, places: Plan, target: str) -> Stored:
     """Say what becomes `target`; of several that are joined, where the first of them lies."""
     joined = places.joined.get(target)
     if joined is None:

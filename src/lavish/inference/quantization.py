@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lavish.checkpoints.loading import load_into, stored_info
 from lavish.checkpoints.rules import Drop, Optional, Rule, plan
-from lavish.checkpoints.tensor_map import TensorInfo, TensorMap
+from lavish.checkpoints.tensor_map import Assembled, Stored, TensorMap
 from lavish.common.errors import ConfigError, MissingDependency, did_you_mean
 from lavish.models import family_of
 from lavish.nn.int8 import Int8Linear, quantize_weight
@@ -124,14 +124,18 @@ def replace_by_int8(network: nn.Module, dtype: torch.dtype, *, quantize_vision: 
         _replace(network, name, _empty_int8(network.get_submodule(name), dtype))
 
 
-def _read(tensors: TensorMap, infos: dict[str, TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(tensors: TensorMap, infos: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
     """Give the matrices in the order of the files, each as a view that is valid until the next."""
     for file in tensors.files:
         here = [name for name, info in infos.items() if info.file == file]
         mapped = tensors.open(file)
         for name in sorted(here, key=lambda name: infos[name].offset):
-            yield name, mapped.tensor(infos[name])
-            mapped.forget(infos[name])
+            info = infos[name]
+            if isinstance(info, Assembled):
+                yield name, tensors.assemble(info)
+                continue
+            yield name, mapped.tensor(info)
+            mapped.forget(info)
 
 
 def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
