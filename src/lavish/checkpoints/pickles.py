@@ -16,7 +16,7 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,22 @@ STORAGE_DTYPES = {
     "torch BoolStorage": "bool",
 }
 REBUILDERS = ("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter")
+REBUILD_TYPED = "torch._tensor _rebuild_from_type_v2"
+"""How torch describes a tensor that has Python attributes: by one of the others, its class, and the attributes, which
+are dropped. DeepSpeed's flat groups are such."""
+TENSOR_TYPES = ("torch Tensor", "torch.nn.parameter Parameter")
 SEQUENCES = ("torch Size", "builtins set", "__builtin__ set")
 """What DeepSpeed writes beside the weights (shapes, names of sparse modules); read as tuples."""
-GLOBALS = frozenset({*STORAGE_DTYPES, *REBUILDERS, *SEQUENCES, "collections OrderedDict"})
+GLOBALS = frozenset({*STORAGE_DTYPES, *REBUILDERS, REBUILD_TYPED, *TENSOR_TYPES, *SEQUENCES, "collections OrderedDict"})
+
+
+@dataclass(frozen=True)
+class Inert:
+    """What stands for an object of a class that a reader knows and does not make: its name, and what it was to be made
+    of. Its attributes are dropped."""
+
+    name: str
+    arguments: tuple[Any, ...]
 
 
 def load_tensors(path: str | Path) -> TensorMap:
@@ -71,8 +84,11 @@ def read_table(file: Path) -> dict[str, TensorInfo]:
     return tree
 
 
-def read_tree(file: Path) -> Any:
-    """Read what the file holds: dicts, lists, tuples, plain values, and a `TensorInfo` in the place of each tensor."""
+def read_tree(file: Path, inert: Container[str] = ()) -> Any:
+    """Read what the file holds: dicts, lists, tuples, plain values, and a `TensorInfo` in the place of each tensor.
+
+    Objects of the classes named in `inert` ("module Class") become an `Inert`; nothing of theirs is imported or called.
+    """
     if file.name.startswith(NEVER_OPENED):
         raise UnsafeCheckpoint(f"{file}: holds a training run's pickled objects, not weights; never opened.")
     try:
@@ -87,7 +103,7 @@ def read_tree(file: Path) -> Any:
             "In the second case save it as safetensors with the torch that made it, on a machine where you trust "
             "the file."
         ) from error
-    return _Interpreter(file, records).run(pickle_bytes)
+    return _Interpreter(file, records, inert).run(pickle_bytes)
 
 
 def _records(file: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -140,8 +156,9 @@ _LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", 
 class _Interpreter:
     """Run the opcodes that torch's state dicts are made of, on a stack of plain data."""
 
-    def __init__(self, file: Path, records: dict[str, zipfile.ZipInfo]) -> None:
+    def __init__(self, file: Path, records: dict[str, zipfile.ZipInfo], inert: Container[str] = ()) -> None:
         self.file = file
+        self.inert = inert
         self.records = records
         self.file_bytes = file.stat().st_size
         self.stack: list[Any] = []
@@ -152,6 +169,7 @@ class _Interpreter:
             "STACK_GLOBAL": lambda _: self._global(f"{self._text(-2)} {self._text(-1)}", pop=2),
             "BINPERSID": lambda _: self.stack.append(self._storage(self.stack.pop())),
             "REDUCE": lambda _: self._reduce(),
+            "NEWOBJ": lambda _: self._new_object(),
             "BUILD": lambda _: self._build(),
             "MARK": lambda _: self.stack.append(_MARK),
             "EMPTY_DICT": lambda _: self.stack.append({}),
@@ -206,7 +224,7 @@ class _Interpreter:
             )
 
     def _global(self, name: str, pop: int = 0) -> None:
-        if name not in GLOBALS:
+        if name not in GLOBALS and name not in self.inert:
             raise UnsafeCheckpoint(
                 f"{self.file}: its pickle asks for {name.replace(' ', '.', 1)!r:.200}, which is no part of a tensor; "
                 "nothing of it was run. "
@@ -254,12 +272,20 @@ class _Interpreter:
         self.memo[key] = self.stack[-1]
 
     def _build(self) -> None:
-        """Drop the state that torch hangs on a state dict (`_metadata`): plain attributes that no weight depends on."""
+        """Drop the state that torch hangs on a state dict (`_metadata`), and that of an inert object: plain attributes
+        that no weight depends on."""
         self.stack.pop()
-        if type(self.stack[-1]) is not dict:
+        if type(self.stack[-1]) not in (dict, Inert):
             raise UnsafeCheckpoint(
                 f"{self.file}: its pickle sets the state of a {type(self.stack[-1]).__name__}; nothing of it was run."
             )
+
+    def _new_object(self) -> None:
+        arguments, target = self.stack.pop(), self.stack.pop()
+        if not isinstance(target, _Global) or target.name not in self.inert or type(arguments) is not tuple:
+            name = target.name.replace(" ", ".") if isinstance(target, _Global) else type(target).__name__
+            raise UnsafeCheckpoint(f"{self.file}: its pickle makes an object of {name!r:.100}; nothing of it was run.")
+        self.stack.append(Inert(target.name, arguments))
 
     def _reduce(self) -> None:
         arguments = self.stack.pop()
@@ -278,6 +304,10 @@ class _Interpreter:
             self.stack.append(arguments[0])
         elif target.name in REBUILDERS[:2] and len(arguments) >= 4:
             self.stack.append(self._tensor(*arguments[:4]))
+        elif target.name == REBUILD_TYPED and _is_typed(arguments):
+            self.stack.append(self._tensor(*arguments[2][:4]))
+        elif target.name in self.inert:
+            self.stack.append(Inert(target.name, arguments))
         else:
             raise UnsafeCheckpoint(
                 f"{self.file}: its pickle calls {target.name.replace(' ', '.')} in a way that torch does not."
@@ -339,6 +369,18 @@ class _Interpreter:
                 f"{start})."
             )
         return info
+
+
+def _is_typed(arguments: tuple[Any, ...]) -> bool:
+    """Tell whether these are (rebuilder, class, its arguments, attributes) of a tensor."""
+    return (
+        len(arguments) == 4
+        and all(isinstance(name, _Global) for name in arguments[:2])
+        and arguments[0].name in REBUILDERS[:2]
+        and arguments[1].name in TENSOR_TYPES
+        and type(arguments[2]) is tuple
+        and len(arguments[2]) >= 4
+    )
 
 
 def _natural(value: Any) -> bool:
