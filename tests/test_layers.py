@@ -205,6 +205,22 @@ def test_names_of_test_modules_are_unique() -> None:
     assert not sorted(name for name in set(names) if names.count(name) > 1)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
+def test_tolerances_stand_in_one_file(path: Path) -> None:
+    """`rtol=` and `atol=` are named in tests/tolerance.py with their reason; 0 alone, which is exact, needs none."""
+    if path.name == "tolerance.py":
+        return
+    found = [
+        f"line {keyword.value.lineno}: {keyword.arg}={ast.unparse(keyword.value)}"
+        for call in ast.walk(tree(path))
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg in ("rtol", "atol")
+        and any(isinstance(node, ast.Constant) and node.value != 0 for node in ast.walk(keyword.value))
+    ]
+    assert not found, f"{path.relative_to(ROOT)}: name these in tests/tolerance.py:\n" + "\n".join(found)
+
+
 def test_no_file_names_a_machine_or_a_registry() -> None:
     found = []
     for path in tracked_text_files():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_families import GENERATION, TINY, ask, conversations, load_tiny
+from tolerance import ADAPTER_SHOWS, INT8
 
 import lavish
 from lavish.common.errors import ConfigError, MissingDependency
@@ -68,7 +69,7 @@ def as_float(layer: Any) -> torch.Tensor:
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, quantization: str) -> None:
     if quantization == "int8":
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(found, expected, **INT8)
     else:  # bitsandbytes multiplies with bfloat16 on a CPU
         assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.999
 
@@ -89,7 +90,7 @@ def test_an_adapter_lies_in_float_on_quantised_layers(saved: Any, name: str, qua
     assert_near(logits_of(quantised, ask("Hello", 0)), bare, quantization)
     expected.load_adapter(adapter, "default")
     adapted = logits_of(expected, ask("Hello", 0))
-    assert not torch.allclose(adapted, bare, atol=1e-2), "the adapter shows"
+    assert not torch.allclose(adapted, bare, **ADAPTER_SHOWS), "the adapter shows"
     assert_near(logits_of(found, ask("Hello", 0)), adapted, quantization)
     rows = conversations(name)[:3]
     replies, singles = found.batch(rows, **GENERATION), [found.chat(row, **GENERATION) for row in rows]

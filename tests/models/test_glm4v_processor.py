@@ -27,6 +27,7 @@ from glm4v_fixture import (
     shared_network,
 )
 from PIL import Image
+from tolerance import PIXELS
 
 from lavish.common.errors import CheckpointError, ConfigError, MediaError, PromptError
 from lavish.inference.streaming import TextStream
@@ -141,7 +142,7 @@ def test_ids_text_and_pixels(processor, case):
     assert batch["attention_mask"].tolist() == [[1] * len(ids)]
     assert torch.equal(batch["token_type_ids"] == 1, shared_network().image_slots(batch["input_ids"]))
     if case in IMAGE_CASES:
-        torch.testing.assert_close(batch["pixel_values"], expected()[f"{case}.images"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch["pixel_values"], expected()[f"{case}.images"], **PIXELS)
         assert processor.num_image_tokens == NUM_PATCHES + 2
     else:
         assert "pixel_values" not in batch
@@ -310,7 +311,7 @@ def test_pixels_of_every_kind_of_picture(processor):
     names = {"single_image": "img0.png", "system_image": "img1.png", "empty_text_image": "img2.png"}
     for case, name in names.items():
         pixels = processor.pixel_values(INPUTS / name)
-        torch.testing.assert_close(pixels, expected()[f"{case}.images"][0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(pixels, expected()[f"{case}.images"][0], **PIXELS)
     with Image.open(INPUTS / "img0.png") as picture:
         grey = picture.convert("L")
     assert processor.pixel_values(grey).shape == (3, 84, 84)

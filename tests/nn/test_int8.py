@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tolerance import INT8_PRODUCT, ROUNDING
 from torch import nn
 
 from lavish.nn.int8 import Int8Linear, quantize_weight
@@ -53,7 +54,7 @@ def test_the_product_without_gradients(dtype, rows):
         product = layer(x)
     exact = x.double() @ (layer.weight.double() * layer.weight_scale.double()[:, None]).T + linear.bias.double()
     assert product.shape == (rows, 300)
-    assert torch.allclose(product.double(), exact, rtol=0, atol={torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype])
+    assert torch.allclose(product.double(), exact, rtol=0, atol=INT8_PRODUCT[dtype])
 
 
 def test_the_product_is_close_to_the_original(linear):
@@ -67,7 +68,7 @@ def test_gradients_reach_the_input(linear):
     x = torch.randn(1, 96, requires_grad=True)
     layer = Int8Linear.from_linear(linear)
     layer(x).sum().backward()
-    assert torch.allclose(x.grad, layer.dequantized().sum(0)[None], atol=1e-5)
+    assert torch.allclose(x.grad, layer.dequantized().sum(0)[None], **ROUNDING)
 
 
 def test_state_dict_names_and_an_empty_input(linear):

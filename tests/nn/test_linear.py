@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import close
+from tolerance import ROUNDING, close
 from torch import nn
 
 from lavish.nn.linear import Linear
@@ -74,7 +74,7 @@ def test_gradients_reach_weight_and_input():
     made = layer(96, 64, bias=True)
     states = torch.randn(1, 96, requires_grad=True)
     made(states).sum().backward()
-    assert torch.allclose(states.grad, made.weight.sum(0)[None], atol=1e-5)
+    assert torch.allclose(states.grad, made.weight.sum(0)[None], **ROUNDING)
     assert made.weight.grad is not None
 
 

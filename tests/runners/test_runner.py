@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import BIGGER_BATCH
 from toy_task import Numbers, ToyTask, config, runner, weights
 
 from lavish.common.errors import CheckpointError, ConfigError, TrainingError
@@ -118,7 +119,7 @@ def test_accumulation_equals_a_bigger_batch(tmp_path: Path, epochs: bool) -> Non
     small.train()
     assert big.dataset.seen == small.dataset.seen  # type: ignore[attr-defined]
     for name, parameter in big.model.named_parameters():
-        torch.testing.assert_close(dict(small.model.named_parameters())[name], parameter, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dict(small.model.named_parameters())[name], parameter, **BIGGER_BATCH)
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_recipe import recipe
+from tolerance import FEATURES_BY_TWO_WAYS, PIXELS, ROUNDING
 
 from lavish.common import config as configs
 from lavish.common.errors import ConfigError, MissingKeys, ShapeMismatch, UnexpectedKeys
@@ -110,8 +111,8 @@ def test_the_learner_encodes_pictures_as_the_network_does(tmp_path: Path) -> Non
         export(learner.network, tmp_path / "model", torch.float32)
         vlm = load(tmp_path / "model", device="cpu")
         pixels = [vlm.processor.pixel_values(Image.fromarray(np.asarray(picture))) for picture in pictures]
-        torch.testing.assert_close(normalise(pictures), torch.stack(pixels), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours, vlm.model.get_image_features(torch.stack(pixels)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(normalise(pictures), torch.stack(pixels), **PIXELS)
+        torch.testing.assert_close(ours, vlm.model.get_image_features(torch.stack(pixels)), **FEATURES_BY_TWO_WAYS)
 
 
 def test_the_recipe_says_how_long_conversations_are(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_the_text_loss_is_that_of_the_network_on_one_conversation(tmp_path: Path
     expected = learner.network(
         input_ids=ids, token_type_ids=types, pixel_values=normalise(samples["pictures"]), labels=labels
     ).loss
-    torch.testing.assert_close(learner(samples)["loss_text"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(learner(samples)["loss_text"], expected, **ROUNDING)
 
 
 def test_longer_answers_weigh_less_if_asked(tmp_path: Path) -> None:

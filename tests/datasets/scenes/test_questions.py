@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from tolerance import BOX_JITTER
 
 from lavish.common.errors import DataError
 from lavish.datasets.scenes import phrases, questions
@@ -269,7 +270,7 @@ def test_described_regions_belong_to_what_is_named():
         corners = re.search(r"\[\[([0-9,]+)\]\]", question.question)
         assert corners
         asked = [int(edge) / 1000 for edge in corners.group(1).split(",")]
-        np.testing.assert_allclose(asked, question.boxes[0], atol=0.0061)
+        np.testing.assert_allclose(asked, question.boxes[0], **BOX_JITTER)
         if scene.number and question.boxes[0] == scene.number.box:
             assert re.findall("[0-9]+", question.answer) == [scene.number.text]
             checked["number"] += 1
