@@ -1,4 +1,4 @@
-"""The registry: names of models, processors, dataset builders, tasks, runners and schedules, and the classes behind them.
+"""The registry: names of models, processors, dataset builders, tasks, runners, schedules, and the classes behind.
 
 What is built in stands in `BUILT_IN` as "module:Class" and is imported when it is first asked for. The decorators are
 for what a user adds from a module of their own; method names are those of LAVIS. Unlike there a name that is unknown

@@ -1,28 +1,27 @@
-"""Optimizers and learning-rate schedules of the runners.
+"""Optimizers of the runners, and which parameters they treat how.
 
-AdamW groups follow one rule: matrices decay; norms, biases, embeddings and anything with fewer than two dimensions do
-not. Muon (Jordan et al. 2024; torch.optim.Muon) takes the matrices inside the networks, AdamW the rest: embeddings,
-heads, convolutions and vectors.
+By default matrices decay; norms, biases, embeddings and anything with fewer than two dimensions do not. A registered
+model says itself (`get_optimizer_params`, as in LAVIS). Muon (Jordan et al. 2024; torch.optim.Muon) takes the matrices
+inside the networks, AdamW the rest: embeddings, heads, convolutions and vectors.
 """
 
-import math
+import re
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from lavish.common.errors import ConfigError, did_you_mean
+from lavish.common.registry import registry
+from lavish.models.base_model import BaseModel
+from lavish.runners.schedules import LAVIS, LRScheduler
 from lavish.runners.schema import RunConfig
 
 OPTIMIZERS = ("adamw", "muon")
-
-_FALLS: dict[str, Callable[[float], float]] = {
-    "linear_warmup_cosine_lr": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "linear_warmup_linear_lr": lambda done: 1 - done,
-    "constant_lr": lambda done: 1.0,
-}
-"""Schedule -> the share of the peak after this share of the steps that follow the warm-up."""
+VISION = r"(?:^|\.)(?:visual_encoder|vision_tower|vision_model|vision|visual)\."
+VISION_LAYER = re.compile(VISION + r"(?:.*\.)?(?:blocks|layers|resblocks)\.(\d+)\.")
+VISION_START = re.compile(VISION + r"(?:.*\.)?(?:cls_token|class_embedding|pos_embed|position_embedding|patch_embed)")
 
 
 class ParameterGroups(NamedTuple):
@@ -64,6 +63,64 @@ def _is_embedding_or_head(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Embedding) or name.rsplit(".", 1)[-1] == "lm_head" or ".heads." in f".{name}."
 
 
+class _Described(Protocol):
+    """What the group rules look at of a parameter."""
+
+    requires_grad: bool
+
+    @property
+    def shape(self) -> Any: ...
+
+
+def lavis_groups(named_parameters: Iterable[tuple[str, _Described]], weight_decay: float, lr_scale: float) -> list[Any]:
+    """Sort parameters into two groups by LAVIS's rule, `BaseModel.get_optimizer_params`.
+
+    Trap: it spares every parameter with `bias`, `ln` or `bn` somewhere in its name, as `subnet.weight` has.
+    """
+    decayed: list[Any] = []
+    spared: list[Any] = []
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            is_spared = len(parameter.shape) < 2 or any(part in name for part in ("bias", "ln", "bn"))
+            (spared if is_spared else decayed).append(parameter)
+    groups = [(decayed, weight_decay), (spared, 0.0)]
+    return [{"params": params, "weight_decay": decay, "lr_scale": lr_scale} for params, decay in groups if params]
+
+
+def layer_decay_groups(
+    named_parameters: Iterable[tuple[str, _Described]], weight_decay: float, lr_scale: float, depth: int | None = None
+) -> list[Any]:
+    """Sort parameters by the depth of their vision layer, whose rate is `lr_scale` times that of the layer above.
+
+    Source: LAVIS, blip2 and eva_vit (`get_optimizer_params`, `get_vit_lr_decay`...): the tower's stem is layer 0, block i
+    is i + 1, the rest of the tower `depth`, and layer k's factor `lr_scale ** (depth + 1 - k)`; 1 outside the tower.
+
+    Args:
+        depth: blocks of the tower; None: as many as the names show.
+    """
+    parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    if depth is None:
+        depth = max(
+            (int(match.group(1)) + 1 for name, _ in parameters if (match := VISION_LAYER.search(name))), default=0
+        )
+    groups: dict[tuple[float, float], list[Any]] = {}
+    for name, parameter in parameters:
+        decay = 0.0 if len(parameter.shape) == 1 or name.endswith(".bias") else weight_decay
+        layer = _vision_layer(name, depth)
+        scale = 1.0 if layer is None else lr_scale ** (depth + 1 - layer)
+        groups.setdefault((scale, decay), []).append(parameter)
+    return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in groups.items()]
+
+
+def _vision_layer(name: str, depth: int) -> int | None:
+    """Give the layer id of a tower's parameter; None for one that is of no tower."""
+    if match := VISION_LAYER.search(name):
+        return int(match.group(1)) + 1
+    if VISION_START.search(name):
+        return 0
+    return depth if re.search(VISION, name) else None
+
+
 class OptimizerGroup:
     """One or two torch optimizers that step together, with one state dict.
 
@@ -72,13 +129,11 @@ class OptimizerGroup:
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]):
         self.optimizers = list(optimizers)
-        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
-    def set_lr_scale(self, scale: float) -> None:
-        """Set every group's learning rate to `scale` times its peak."""
-        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * scale
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all optimizers; a schedule sets their `lr`, by their `lr_scale`."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self) -> None:
         """Update the parameters."""
@@ -113,41 +168,84 @@ def build_optimizer(model: nn.Module, run: RunConfig) -> OptimizerGroup:
     if run.optimizer not in OPTIMIZERS:
         hint = did_you_mean(run.optimizer, OPTIMIZERS)
         raise ConfigError(f"run.optimizer is {run.optimizer!r}; the choices are {', '.join(OPTIMIZERS)}.{hint}")
+    if run.optimizer == "muon":
+        return _muon(model, run)
+    groups = _groups(model, run)
+    return OptimizerGroup([torch.optim.AdamW(_with_rates(groups, run), lr=run.init_lr, betas=(0.9, run.beta2))])
+
+
+def _muon(model: nn.Module, run: RunConfig) -> OptimizerGroup:
     matrices, tables, vectors = (list(group.values()) for group in split_parameters(model))
-    decayed = {"params": matrices, "weight_decay": run.weight_decay}
-    plain = [{"params": tables, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}]
+    scale = run.muon_lr / run.init_lr
     optimizers: list[torch.optim.Optimizer] = []
-    if run.optimizer == "muon" and matrices:
-        optimizers.append(torch.optim.Muon(lr=run.muon_lr, momentum=0.95, **decayed))
-    groups = plain if run.optimizer == "muon" else [decayed, *plain]
-    groups = [group for group in groups if group["params"]]
-    if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=run.init_lr, betas=(0.9, run.beta2)))
+    if matrices:
+        decayed = {"params": matrices, "weight_decay": run.weight_decay, "lr_scale": scale}
+        optimizers.append(torch.optim.Muon([decayed], lr=run.muon_lr, momentum=0.95))
+    plain = [{"params": group, "weight_decay": 0.0} for group in (tables, vectors) if group]
+    if plain:
+        optimizers.append(torch.optim.AdamW(_with_rates(plain, run), lr=run.init_lr, betas=(0.9, run.beta2)))
     return OptimizerGroup(optimizers)
 
 
-def lr_schedule(run: RunConfig, num_steps: int) -> Callable[[int], float]:
-    """Give the function step (0-based) -> share of the peak learning rate.
+def _groups(model: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
+    says_itself = isinstance(model, BaseModel) and (
+        type(model).get_optimizer_params is not BaseModel.get_optimizer_params
+    )
+    named = list(model.named_parameters())
+    if isinstance(model, BaseModel) and says_itself:
+        groups = model.get_optimizer_params(run.weight_decay, run.lr_layer_decay)
+    elif run.compat == LAVIS:
+        groups = lavis_groups(named, run.weight_decay, run.lr_layer_decay)
+    elif run.lr_layer_decay != 1:
+        groups = layer_decay_groups(named, run.weight_decay, run.lr_layer_decay)
+    elif isinstance(model, BaseModel):
+        groups = model.get_optimizer_params(run.weight_decay)
+    else:
+        matrices, tables, vectors = (list(group.values()) for group in split_parameters(model))
+        kinds = ((matrices, run.weight_decay), (tables, 0.0), (vectors, 0.0))
+        groups = [{"params": params, "weight_decay": decay} for params, decay in kinds if params]
+    if not any(group["params"] for group in groups):
+        raise ConfigError(f"{type(model).__name__} has no trainable parameter: everything is frozen.")
+    return groups
 
-    Warm-up is linear over `warmup_steps`, and its last step is the first at the peak; the last step of the run is at
-    `min_lr / init_lr`, except with `constant_lr`.
+
+def _with_rates(groups: list[dict[str, Any]], run: RunConfig) -> list[dict[str, Any]]:
+    return [{"lr_scale": 1.0, **group, "lr": run.init_lr * group.get("lr_scale", 1.0)} for group in groups]
+
+
+def build_schedule(optimizer: Any, run: RunConfig, num_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """Give what sets the rates of a step (from 0), and gives the rate of a group whose `lr_scale` is 1.
 
     Raises:
         ConfigError: unknown `run.lr_sched`, or a warm-up as long as the run.
     """
-    if run.lr_sched not in _FALLS:
-        hint = did_you_mean(run.lr_sched, _FALLS)
-        raise ConfigError(f"run.lr_sched is {run.lr_sched!r}; the choices are {', '.join(_FALLS)}.{hint}")
-    if run.warmup_steps >= num_steps and run.warmup_steps > 0:
-        raise ConfigError(
-            f"run.warmup_steps is {run.warmup_steps}, but the run has {num_steps} steps; make it smaller."
-        )
-    fall, floor = _FALLS[run.lr_sched], run.min_lr / run.init_lr
+    kind = registry.get_lr_scheduler_class(run.lr_sched)
+    settings: dict[str, Any] = {
+        "max_epoch": max(1, -(-num_steps // steps_per_epoch)),
+        "min_lr": run.min_lr,
+        "init_lr": run.init_lr,
+        "decay_rate": run.lr_decay_rate,
+        "warmup_start_lr": run.warmup_lr,
+        "warmup_steps": int(run.warmup_ratio * steps_per_epoch) if run.warmup_ratio else run.warmup_steps,
+    }
+    unit = 1  # of the schedule's clock, in optimizer steps
+    if issubclass(kind, LRScheduler):
+        settings |= {"steps_per_epoch": steps_per_epoch, "max_steps": num_steps, "compat": run.compat}
+        unit = run.accum_grad_iters if run.compat else 1
+        settings["max_steps"] = num_steps * unit
+        counts_whole_run = kind.counts_whole_run and bool(run.compat)
+    else:
+        settings["warmup_start_lr"] = -1 if run.warmup_lr is None else run.warmup_lr
+        counts_whole_run = False
+    scheduler = kind(optimizer=optimizer, **settings)
 
-    def scale(step: int) -> float:
-        if step < run.warmup_steps:
-            return (step + 1) / run.warmup_steps
-        done = (step - run.warmup_steps) / max(num_steps - 1 - run.warmup_steps, 1)
-        return floor + (1 - floor) * fall(min(done, 1.0))
+    def set_rates(step: int) -> float:
+        epoch, place = divmod(step, steps_per_epoch)
+        # The releases set the rate at each forward pass, so the last one of a step counts.
+        clock = (step if counts_whole_run else place) * unit + unit - 1
+        scheduler.step(cur_epoch=epoch, cur_step=clock)
+        if isinstance(scheduler, LRScheduler):
+            return scheduler.lr(epoch, clock)
+        return next(iter(optimizer.param_groups))["lr"]
 
-    return scale
+    return set_rates

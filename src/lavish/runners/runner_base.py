@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lavish.checkpoints.placement import resolve_device
 from lavish.common import dist
 from lavish.common.errors import CheckpointError, ConfigError, TrainingError
-from lavish.runners.optim import build_optimizer, lr_schedule
+from lavish.runners.optim import build_optimizer, build_schedule
 from lavish.runners.run_folder import RunFolder
 from lavish.runners.schema import RunConfig
 from lavish.tasks.base_task import BaseTask, TrainingData, read_losses
@@ -150,7 +150,7 @@ class RunnerBase:
             ConfigError: a schedule that does not fit the run.
             CheckpointError: the newest checkpoint is damaged, or of another model or optimizer.
         """
-        schedule = lr_schedule(self.run, self.num_steps)
+        set_rates = build_schedule(self.optimizer, self.run, self.num_steps, self.steps_per_epoch)
         state = self.folder.load_latest(self.model, self.device)
         dist.wait_for_all()  # before the first of them writes
         sums = self._resume(state)
@@ -160,7 +160,7 @@ class RunnerBase:
             self._restore_random_states(state)
         started, cpu_started = time.perf_counter(), time.process_time()
         while self.step < self.num_steps:
-            self.optimizer.set_lr_scale(schedule(self.step))
+            lr = set_rates(self.step)
             losses = self._train_step(step_module, batches)
             self.step += 1
             for name, value in losses.items():
@@ -170,7 +170,7 @@ class RunnerBase:
             is_last = self.step == self.num_steps
             if self.step % self.run.log_freq == 0 or is_last:
                 if dist.is_main():
-                    self._log(sums, schedule(self.step - 1))
+                    self._log(sums, lr)
                 sums = {}
             if self.step % self.save_every == 0 or is_last:
                 now, cpu_now = time.perf_counter(), time.process_time()
@@ -242,10 +242,10 @@ class RunnerBase:
 
     # -- log, checkpoints, resume
 
-    def _log(self, sums: dict[str, float], lr_scale: float) -> None:
+    def _log(self, sums: dict[str, float], lr: float) -> None:
         num_steps = (self.step - 1) % self.run.log_freq + 1
         means = {name: value / num_steps for name, value in sums.items()}
-        self.folder.log({"step": self.step, "lr_scale": lr_scale, **means})
+        self.folder.log({"step": self.step, "lr": lr, "lr_scale": lr / self.run.init_lr, **means})
 
     def _resume(self, state: dict[str, Any] | None) -> dict[str, float]:
         """Take over a checkpoint's state; give the sums of the losses since the last line of the log."""
