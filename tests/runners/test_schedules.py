@@ -9,7 +9,7 @@ import pytest
 from lavish.common.registry import registry
 from lavish.runners.optim import lavis_groups, layer_decay_groups
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "lavis_optim"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "lavis_optim" / "open"
 RUNS = json.loads((FIXTURES / "schedules.json").read_text())
 GROUPS = json.loads((FIXTURES / "param_groups.json").read_text())
 RTOL = json.loads((FIXTURES / "facts.json").read_text())["tolerance"]["rtol"]

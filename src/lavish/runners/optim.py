@@ -92,8 +92,8 @@ def layer_decay_groups(
 ) -> list[Any]:
     """Sort parameters by the depth of their vision layer, whose rate is `lr_scale` times that of the layer above.
 
-    Source: LAVIS, blip2 and eva_vit (`get_optimizer_params`, `get_vit_lr_decay`...): the tower's stem is layer 0, block i
-    is i + 1, the rest of the tower `depth`, and layer k's factor `lr_scale ** (depth + 1 - k)`; 1 outside the tower.
+    Source: LAVIS, blip2's `get_optimizer_params`: the tower's stem is layer 0, block i is i + 1, the rest of the tower
+    `depth`, and layer k's factor `lr_scale ** (depth + 1 - k)`; 1 outside the tower.
 
     Args:
         depth: blocks of the tower; None: as many as the names show.

@@ -1,9 +1,9 @@
 """Learning-rate schedules, by the names of LAVIS.
 
-By default a schedule goes by optimizer steps: linear warm-up, then the fall over all steps that are left, whose last one
-is at `min_lr`; each group's rate is multiplied by its `lr_scale`. `compat="lavis"` and `compat="mpp"` give the numbers of
-the releases instead: the rate is a function of (epoch, step in it), a warm-up ends with epoch 0, the cosine jumps once an
-epoch and never reaches `min_lr`, and LAVIS sets every group to one rate, whatever its `lr_scale`.
+By default a schedule goes by optimizer steps: linear warm-up, then the fall over all steps that are left, whose last
+one is at `min_lr`; each group's rate is multiplied by its `lr_scale`. `compat="lavis"` and `compat="mpp"` give the
+numbers of the releases instead: the rate is a function of (epoch, step in it), a warm-up ends with epoch 0, the cosine
+jumps once an epoch and never reaches `min_lr`, and LAVIS sets every group to one rate, whatever its `lr_scale`.
 
 Source: salesforce/LAVIS, lavis/common/optims.py; Coobiw/MPP-LLaVA, lavis/common/optims.py (the step-wise cosine).
 """

@@ -70,7 +70,7 @@ class RunConfig:
     lr_layer_decay: float = 1.0
     """The learning rate of a vision layer is this times that of the layer above it."""
     compat: Literal["", "lavis", "mpp"] = ""
-    """Give the numbers of a release: LAVIS (schedules by epochs, `lr_scale` ignored, no decay by names) or MPP-LLaVA."""
+    """Give the numbers of a release, LAVIS (schedules by epochs, `lr_scale` ignored, decay by names) or MPP-LLaVA."""
     weight_decay: float = 0.05
     """Weight decay of matrices, under either optimizer; norms, biases and embeddings have none."""
     beta2: float = 0.999
@@ -82,7 +82,7 @@ class RunConfig:
     amp: bool = False
     """Run the forward pass under bfloat16 autocast."""
     ema_decay: float = 0.0
-    """Keep a running mean of the trained weights with this decay, which validation and the last weights use; 0: none."""
+    """Keep a running mean of the trained weights with this decay, for validation and the last weights; 0: none."""
     compile: bool = False
     """Compile the training module with torch.compile."""
     engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
