@@ -29,6 +29,7 @@ def test_did_you_mean_gives_the_nearest_name_or_nothing(name: str, known: list[s
         (errors.ConfigError, ValueError),
         (errors.PromptError, ValueError),
         (errors.MediaError, ValueError),
+        (errors.OutputError, OSError),
         (errors.DataError, ValueError),
         (errors.TrainingError, ArithmeticError),
         (errors.MissingDependency, ImportError),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,25 @@ DTYPES = {
     "F64": "float64",
     "C64": "complex64",
 }
+NAMES = {name: code for code, name in DTYPES.items()}
+
+
+def encode_header(entries: Sequence[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """Give the beginning of a file whose tensors (name, dtype by torch's name, shape, bytes) follow in this order.
+
+    Raises:
+        CheckpointError: a dtype that the format does not have.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    begin = 0
+    for name, dtype, shape, nbytes in entries:
+        if dtype not in NAMES:
+            raise CheckpointError(f"{name!r} is {dtype}, which safetensors cannot hold.")
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, begin + nbytes]}
+        begin += nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -42,6 +62,25 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file is truncated, or the header is not one that the format allows.
     """
+    header, data_start, file_bytes = _read(file)
+    header.pop("__metadata__", None)
+    return _check(file, header, data_start, file_bytes - data_start)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the texts that a file says of itself: `format` is "pt" or, of MindSpore, "ms".
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    metadata = _read(file)[0].get("__metadata__")
+    if not isinstance(metadata, dict):
+        return {}
+    return {name: value for name, value in metadata.items() if isinstance(value, str)}
+
+
+def _read(file: Path) -> tuple[dict[str, Any], int, int]:
+    """Give the header, where the data begin, and the size of the file."""
     with file.open("rb") as handle:
         file_bytes = handle.seek(0, 2)
         handle.seek(0)
@@ -56,9 +95,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 "or cut off while it was fetched; fetch it again."
             )
         raw = handle.read(header_bytes)
-    header = _parse(file, raw)
-    data_start = 8 + header_bytes
-    return _check(file, header, data_start, file_bytes - data_start)
+    return _parse(file, raw), 8 + header_bytes, file_bytes
 
 
 def _parse(file: Path, raw: bytes) -> dict[str, Any]:
@@ -80,7 +117,6 @@ def _parse(file: Path, raw: bytes) -> dict[str, Any]:
         ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the safetensors header is a {type(header).__name__}, not an object.")
-    header.pop("__metadata__", None)
     return header
 
 

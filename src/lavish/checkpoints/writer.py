@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from lavish.checkpoints.safetensors_header import DTYPES
-from lavish.checkpoints.tensor_map import ITEM_BYTES, TensorMap
+from lavish.checkpoints.output import Output, SafetensorsFormat, data_of, in_file_order, into_shards
+from lavish.checkpoints.safetensors_header import NAMES
+from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError
 
-SAFETENSORS_NAMES = {name: code for code, name in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -34,10 +34,10 @@ def save_sharded(
         CheckpointError: nothing to write, or a dtype that safetensors does not have.
     """
     folder = Path(folder)
-    sizes = {name: _nbytes(tensors, name) for name in tensors}
-    if not sizes:
+    outputs = [_output(tensors, name) for name in tensors]
+    if not outputs:
         raise CheckpointError(f"{folder}: no tensors to write.")
-    shards = _plan(sizes, max_shard_bytes)
+    shards = into_shards(outputs, max_shard_bytes)
     names = (
         [SINGLE]
         if len(shards) == 1
@@ -47,10 +47,10 @@ def save_sharded(
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (*names, INDEX)}
     try:
         for name, shard in zip(names, shards, strict=True):
-            _write_shard(temporary[name], tensors, shard)
+            _write_shard(temporary[name], shard)
         if len(shards) > 1:
-            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            weight_map = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
+            index = {"metadata": {"total_size": sum(output.nbytes for output in outputs)}, "weight_map": weight_map}
             _write(temporary[INDEX], [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"])
             names.append(INDEX)
         _publish(folder, names, temporary)
@@ -60,50 +60,25 @@ def save_sharded(
     return [folder / name for name in names]
 
 
-def _nbytes(tensors: Mapping[str, torch.Tensor], name: str) -> int:
+def _output(tensors: Mapping[str, torch.Tensor], name: str) -> Output:
     if isinstance(tensors, TensorMap):
-        return tensors.info(name).nbytes
-    dtype = _dtype_name(tensors[name])
-    if dtype not in SAFETENSORS_NAMES:
+        info = tensors.info(name)
+        shape, dtype = info.shape, info.dtype
+    else:
+        shape, dtype = tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch.")
+    if dtype not in NAMES:
         raise CheckpointError(f"{name!r} is {dtype}, which safetensors cannot hold.")
-    return tensors[name].numel() * ITEM_BYTES[dtype]
+    return Output(name, shape, dtype, lambda: tensors[name].detach().cpu())
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _plan(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, nbytes in sizes.items():
-        if shards[-1] and held + nbytes > max_shard_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += nbytes
-    return shards
-
-
-def _write_shard(file: Path, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
-    """Write one safetensors file; wide dtypes first, so that every tensor starts at a multiple of its element."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
-    infos = {name: (_dtype_name(tensors[name]), list(tensors[name].shape), _nbytes(tensors, name)) for name in names}
-    order = sorted(names, key=lambda name: -ITEM_BYTES[infos[name][0]])
-    begin = 0
-    for name in order:
-        dtype, shape, nbytes = infos[name]
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [begin, begin + nbytes]}
-        begin += nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+def _write_shard(file: Path, outputs: Sequence[Output]) -> None:
+    layout = SafetensorsFormat()
+    ordered = in_file_order(outputs)
 
     def pieces() -> Iterator[bytes | memoryview]:
-        yield len(raw).to_bytes(8, "little")
-        yield raw
-        for name in order:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            yield flat.view(torch.uint8).numpy().data if flat.numel() else b""
+        yield from layout.begin(ordered)
+        for output in ordered:
+            yield from layout.tensor(output, data_of(output.make()), 0)
 
     _write(file, pieces())
 

@@ -10,6 +10,7 @@
     ├── ConfigError (ValueError)            a config, recipe, option or registry name that is wrong
     ├── PromptError (ValueError)            messages that cannot be made into a prompt, or a prompt that does not fit
     ├── MediaError (ValueError)             an image or video that cannot or must not be opened
+    ├── OutputError (OSError)               a result that cannot be written: a full disk, no permission
     ├── DataError (ValueError)              a dataset file or sample that is wrong
     ├── TrainingError (ArithmeticError)     a run that cannot go on: its loss or gradients are no numbers any more
     ├── NumericsError (ArithmeticError)     a network that gives NaN: damaged weights, or a dtype that overflows
@@ -54,6 +55,10 @@ class UnsafeCheckpoint(CheckpointError):
 
 class ConfigError(LavishError, ValueError):
     """A config, recipe, option or registry name that is wrong."""
+
+
+class OutputError(LavishError, OSError):
+    """A result that cannot be written."""
 
 
 class PromptError(LavishError, ValueError):
