@@ -24,9 +24,20 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.common.errors import CheckpointError, ConfigError, MediaError, PromptError, check_path, shown
 from lavish.common.media import MediaLimits, open_image
-from lavish.common.messages import ImagePart, Message, TextPart, is_batch, normalize, turns
+from lavish.common.messages import Message, is_batch, normalize, turns
 from lavish.common.video import read_frames
 from lavish.models.minigpt4_qwen.config import MiniGPT4QwenConfig, read_config
+from lavish.models.minigpt4_qwen.pieces import (
+    PLACE,
+    Piece,
+    Slot,
+    Spoken,
+    check_count,
+    from_release,
+    joined,
+    split_places,
+    user_pieces,
+)
 from lavish.processors.pixels import CLIP_MEAN, CLIP_STD, resize_two_pass, to_rgb
 from lavish.processors.pixels import normalize as normalize_pixels
 from lavish.processors.qwen_tokenizer import (
@@ -43,22 +54,10 @@ from lavish.processors.qwen_tokenizer import (
 from lavish.processors.tokenizers import encode_plain
 
 IGNORE_INDEX = -100
-PLACE = "<ImageHere>"
-"""Where a picture stands in a text, as the release's datasets and demos write it."""
 MARKERS = (END_OF_TEXT, IM_START, IM_END)
 """The special tokens that a rendered prompt may hold; a slot comes from `<ImageHere>` alone."""
 MAX_FRAMES = 32
 """Frames of a video, as the release trains (1024 slots)."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of one picture: what `open_image` takes, or None where the caller has the pixels already."""
-
-    source: Any = None
-
-
-Piece = str | Slot
 
 
 @dataclass
@@ -257,11 +256,11 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text or ())
         if not texts or not all(isinstance(one, str) for one in texts):
             raise PromptError(f"text must be a string or a list of strings, not {shown(text)}.")
-        rows = [self._row(_split_places(one), MARKERS) for one in texts]
+        rows = [self._row(split_places(one), MARKERS) for one in texts]
         pictures: list[Any] = []
         if images is not None:
             given = list(images) if isinstance(images, list | tuple) else [images]
-            _check_count(sum(len(row.images) for row in rows), len(given), "The texts")
+            check_count(sum(len(row.images) for row in rows), len(given), "The texts")
             pictures = [open_image(picture) for picture in given]
         return self._collate(rows, pictures, padding_side, False, return_tensors, is_single=isinstance(text, str))
 
@@ -272,7 +271,7 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
 
         Gives the inputs, and how many of the images, the newest ones, are left in the window.
         """
-        questions = [_split_places(text) for text in (*(asked for asked, _ in history), query)]
+        questions = [split_places(text) for text in (*(asked for asked, _ in history), query)]
         row = self._prompt_row(Spoken(system_message, questions, [answer for _, answer in history]))
         return self._collate([row], [], "left", False, "pt", is_single=True), len(row.images)
 
@@ -301,7 +300,7 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
             raise PromptError(f"conversations is a list of one or more conversations, not {shown(conversations)}.")
         rows = []
         for index, turns_of_one in enumerate(conversations):
-            row = self._training_row(_from_release(turns_of_one, system_message, index), _live(compat))
+            row = self._training_row(from_release(turns_of_one, system_message, index), _live(compat))
             rows.append(self._cut(row, max_length, index, cut_images, is_checked=compat is None))
         batch = self._collate(rows, [], "right", True, "pt", is_single=False, width=max_length)
         batch["num_images"] = torch.tensor([len(row.images) for row in rows])
@@ -311,7 +310,7 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
 
     def _spoken(self, messages: list[Message], frames: Callable[[Any], list[Any]]) -> Spoken:
         system, rounds = turns(messages)
-        questions = [_user_pieces(turn.user, frames) for turn in rounds]
+        questions = [user_pieces(turn.user, frames) for turn in rounds]
         answers = [turn.answer.text() for turn in rounds if turn.answer is not None]
         return Spoken(None if system is None else system.text(), questions, answers)
 
@@ -382,7 +381,7 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
         row = Row()
         special = {token: token_id for token, token_id in self.tokenizer.get_added_vocab().items() if token in live}
         border = f"({'|'.join(map(re.escape, special))})" if special else "(?!)"  # (?!) is nowhere
-        for piece in _joined(content):
+        for piece in joined(content):
             if isinstance(piece, Slot):
                 row.add([self._ids.image] * self.num_image_tokens, kind=1)
                 row.images.append(piece.source)
@@ -497,97 +496,6 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
         if isinstance(sequences, str | bytes) or not isinstance(sequences, Iterable):
             raise PromptError(f"batch_decode takes rows of token ids, not {shown(sequences)}.")
         return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """A conversation as pieces: the system message, if any, the questions, and the answers that there are."""
-
-    system: str | None
-    questions: list[list[Piece]]
-    answers: list[str]
-
-    @property
-    def is_finished(self) -> bool:
-        """True if the last question has its answer."""
-        return len(self.answers) == len(self.questions)
-
-
-def _user_pieces(message: Message, frames: Callable[[Any], list[Any]]) -> list[Piece]:
-    """Give the pieces of a user's message: a picture in its place, a video as all its frames in one."""
-    shown_parts = [
-        [Slot(part.source)] if isinstance(part, ImagePart) else [Slot(frame) for frame in frames(part.source)]
-        for part in message.parts
-        if not isinstance(part, TextPart)
-    ]
-    places = sum(part.text.count(PLACE) for part in message.parts if isinstance(part, TextPart))
-    if places:
-        each_frame = [[slot] for slots in shown_parts for slot in slots]
-        filling = each_frame if places == len(each_frame) else shown_parts
-        _check_count(places, len(filling), "The message")
-        return _fill(_split_places(message.text()), filling)
-    pieces: list[Piece] = []
-    remaining = iter(shown_parts)
-    was_text = False
-    for part in message.parts:
-        if isinstance(part, TextPart):
-            pieces += [f" {part.text}" if was_text else part.text]
-        else:
-            pieces += ["<Img>", *next(remaining), "</Img>"]
-        was_text = isinstance(part, TextPart)
-    return pieces
-
-
-def _fill(pieces: Sequence[Piece], filling: Iterable[Sequence[Slot]]) -> list[Piece]:
-    slots = iter(filling)
-    return [one for piece in pieces for one in (next(slots) if isinstance(piece, Slot) else [piece])]
-
-
-def _split_places(text: str) -> list[Piece]:
-    pieces: list[Piece] = []
-    for index, part in enumerate(text.split(PLACE)):
-        pieces += [Slot(), part] if index else [part]
-    return pieces
-
-
-def _joined(content: Sequence[Piece]) -> list[Piece]:
-    """Join neighbouring texts: byte pairs reach over their border."""
-    pieces: list[Piece] = []
-    for piece in content:
-        if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
-            pieces[-1] += piece
-        elif piece != "":
-            pieces.append(piece)
-    return pieces
-
-
-def _from_release(sample: Sequence[Mapping[str, str]], system_message: str | None, index: int) -> Spoken:
-    """Read a sample of the release's datasets; a first turn that is not the user's is left out, as there."""
-    if not isinstance(sample, list | tuple):
-        raise PromptError(f"Sample {index}: a conversation is a list of turns, not {shown(sample)}.")
-    for turn in sample:
-        if (
-            not isinstance(turn, Mapping)
-            or turn.get("from") not in ("user", "assistant")
-            or not isinstance(turn.get("value"), str)
-        ):
-            raise PromptError(
-                f"Sample {index}: a turn must be {{'from': 'user' or 'assistant', 'value': text}}, not {shown(turn)}."
-            )
-    spoken = list(sample[1:] if sample and sample[0]["from"] == "assistant" else sample)
-    expected = ["user", "assistant"] * len(spoken)
-    if not spoken or [turn["from"] for turn in spoken] != expected[: len(spoken)]:
-        raise PromptError(f"Sample {index}: turns must alternate from a user's on; found {len(sample)} turns.")
-    questions = [_split_places(turn["value"]) for turn in spoken[::2]]
-    return Spoken(system_message, questions, [turn["value"] for turn in spoken[1::2]])
-
-
-def _check_count(places: int, given: int, what: str) -> None:
-    if places != given:
-        raise PromptError(
-            f"{what} hold(s) {places} place(s) {PLACE} and {given} image(s) were given; each image needs one place and "
-            "each place one image."
-        )
 
 
 def _check_compat(compat: str | None) -> None:

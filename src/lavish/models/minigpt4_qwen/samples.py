@@ -30,7 +30,8 @@ from lavish.common.errors import (
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
 from lavish.models.minigpt4_qwen.config import MiniGPT4QwenConfig, read_config
 from lavish.models.minigpt4_qwen.model import MiniGPT4QwenForConditionalGeneration
-from lavish.models.minigpt4_qwen.processor import PLACE, MiniGPT4QwenProcessor
+from lavish.models.minigpt4_qwen.pieces import PLACE, check_count
+from lavish.models.minigpt4_qwen.processor import MiniGPT4QwenProcessor
 from lavish.models.minigpt4_qwen.weights import PIECES, RULES, complete, open_release, pieces_in, read_trained
 from lavish.processors.qwen_tokenizer import load_qwen_tokenizer
 
@@ -333,9 +334,4 @@ def _check_images(places: int, images: torch.Tensor | None) -> None:
         found = tuple(images.shape) if isinstance(images, torch.Tensor) else shown(images)
         hint = "add the batch: image.unsqueeze(0)" if isinstance(images, torch.Tensor) else "the processor makes it"
         raise DataError(f"The images are a tensor (images, 3, S, S), not {found}; {hint}.")
-    given = 0 if images is None else len(images)
-    if places != given:
-        raise PromptError(
-            f"The texts hold {places} place(s) {PLACE} and {given} image(s) were given; each image needs one place and "
-            "each place one image."
-        )
+    check_count(places, 0 if images is None else len(images), "The texts")
