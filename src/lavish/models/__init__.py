@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lavish.checkpoints import hf, hub
+from lavish.checkpoints.output import TargetOptions, TargetPlan
 from lavish.checkpoints.release import Release
+from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout, did_you_mean
 
 CAPABILITIES = ("chat", "stream", "batch", "caption", "answer", "embed")
@@ -61,6 +63,8 @@ class Family:
     (fields of adapter_config.json, tensors) -> both as they fit our modules."""
     capabilities: tuple[str, ...] = ("chat", "stream", "batch", "caption", "answer")
     """What a loaded model of the family can do, of `CAPABILITIES`."""
+    layouts: tuple[str, ...] = ("hf",)
+    """Layouts that can hold the family; each but "hf" is a module of the package with what `plan_target` calls."""
 
     @property
     def config_class(self) -> Any:
@@ -145,6 +149,19 @@ class Family:
     def tensor_parallel_plan(self) -> Any:
         """How each linear layer is shared out among processes, by a pattern of its name."""
         return self._get("weights", "TENSOR_PARALLEL_PLAN")
+
+    def plan_target(
+        self, layout: str, fields: Mapping[str, Any], tensors: TensorMap, options: TargetOptions
+    ) -> TargetPlan:
+        """Say what a checkpoint of the family is in another layout than "hf".
+
+        Args:
+            fields: of its config.json. tensors: under the names that RULES know.
+
+        Raises:
+            ConfigError: the layout cannot hold it.
+        """
+        return self._get(layout, "plan_target")(fields, tensors, options)
 
     def complete(self, network: Any, absent: Iterable[str]) -> None:
         """Compute what no file held (`absent` is on the meta device), and check what must agree."""
