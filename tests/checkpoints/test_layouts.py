@@ -26,6 +26,64 @@ def test_the_hugging_face_layout(tmp_path: Path, names: list[str]) -> None:
     assert layouts.detect(tmp_path) == "hf"
 
 
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        ("sat", ["model_config.json", "latest", "1/mp_rank_00_model_states.pt"]),
+        ("lavis", ["blip_coco_caption_base.pth", "med_config.json"]),
+        ("lavis", ["checkpoint_best.pth", "config.json", "bert-base-uncased/vocab.txt"]),
+        ("lavis", ["eva/eva_vit_g.pth", "blip2/blip2_pretrained_flant5xxl.pth", "llm/config.json"]),
+        ("mindspore", ["cogvlm2-image.ckpt", "config.json"]),
+        ("mindspore", ["rank_0/checkpoint_0.ckpt", "strategy/ckpt_strategy_rank_0.ckpt"]),
+        ("vlm_learning", ["other_params.bin", "adapter_config.json", "adapter_model.bin", "training_args.bin"]),
+        ("vlm_learning", ["checkpoint-27000/other_params.bin", "Qwen-7B-Chat/config.json"]),
+        ("peft", ["adapter_config.json", "adapter_model.safetensors"]),
+        ("deepspeed", ["latest", "global_step2/mp_rank_00_model_states.pt", "config.json"]),
+        ("deepspeed", ["zero_pp_rank_0_mp_rank_00_model_states.pt"]),
+        ("deepspeed", ["layer_00-model_states.pt", "layer_05-model_states.pt"]),
+        ("hf", ["config.json", "model.safetensors", "latest", "global_step2/mp_rank_00_model_states.pt"]),
+        ("hf", ["config.json", "model-00001-of-00002.safetensors", "adapter_config.json"]),
+    ],
+)
+def test_the_other_layouts(tmp_path: Path, layout: str, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert layouts.detect(tmp_path) == layout
+    assert layout in layouts.LAYOUTS
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("peft", "adapter_model.safetensors"),
+        ("peft", "adapter_model.bin"),
+        ("vlm_learning", "other_params.bin"),
+        ("lavis", "checkpoint_9.pth"),
+        ("lavis", "weights.pt"),
+        ("mindspore", "cogvlm2.ckpt"),
+        ("deepspeed", "mp_rank_00_model_states.pt"),
+    ],
+)
+def test_a_file_of_each_layout(tmp_path: Path, layout: str, name: str) -> None:
+    (tmp_path / name).touch()
+    assert layouts.detect(tmp_path / name) == layout
+
+
+def test_a_rank_of_sat_is_no_deepspeed(tmp_path: Path) -> None:
+    (tmp_path / "model_config.json").touch()
+    (tmp_path / "1").mkdir()
+    file = tmp_path / "1" / "mp_rank_00_model_states.pt"
+    file.touch()
+    assert [layouts.detect(path) for path in (tmp_path, file.parent, file)] == ["sat"] * 3
+
+
+def test_a_training_run_s_objects_are_no_layout(tmp_path: Path) -> None:
+    (tmp_path / "training_args.bin").touch()
+    with pytest.raises(UnknownLayout, match="a file of no layout"):
+        layouts.detect(tmp_path / "training_args.bin")
+
+
 def test_a_weight_file_alone(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").touch()
     assert layouts.detect(tmp_path / "x.safetensors") == "hf"
