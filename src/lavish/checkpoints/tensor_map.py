@@ -301,13 +301,23 @@ class MappedFile:
                 self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def tensor(self, info: TensorInfo) -> torch.Tensor:
-        """Give a view of the mapped bytes: (info.shape), info.dtype, on the CPU."""
+        """Give a view of the mapped bytes: (info.shape), info.dtype, on the CPU.
+
+        Trap: compiled loops take it that a number of four bytes begins at a multiple of four. Of a tensor that does
+        not (MindSpore's files align nothing) it is a copy.
+        """
         import torch
 
         dtype: torch.dtype = getattr(torch, info.dtype)  # a key of ITEM_BYTES, all of which are names of torch
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype)
-        flat = torch.frombuffer(self._map, dtype=dtype, count=info.span, offset=info.offset)
+        item = ITEM_BYTES[info.dtype]
+        if info.offset % min(item, 8) == 0:
+            flat = torch.frombuffer(self._map, dtype=dtype, count=info.span, offset=info.offset)
+        else:
+            raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.span * item, offset=info.offset)
+            flat = torch.empty(info.span, dtype=dtype)
+            flat.view(torch.uint8).numpy()[:] = raw.numpy()
         return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
 
     def forget(self, info: TensorInfo) -> None:
