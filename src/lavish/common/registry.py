@@ -37,7 +37,15 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "gpt_dialogue": "lavish.processors.gpt_processors:GPTDialogueTextProcessor",
         "gpt_video_ft": "lavish.processors.gpt_processors:GPTVideoFeatureProcessor",
     },
-    "builder": {},
+    "builder": {
+        "aok_vqa": "lavish.datasets.builders.vqa_builder:AOKVQABuilder",
+        "coco_caption": "lavish.datasets.builders.caption_builder:COCOCapBuilder",
+        "coco_vqa": "lavish.datasets.builders.vqa_builder:COCOVQABuilder",
+        "gqa": "lavish.datasets.builders.vqa_builder:GQABuilder",
+        "nocaps": "lavish.datasets.builders.caption_builder:NoCapsBuilder",
+        "ok_vqa": "lavish.datasets.builders.vqa_builder:OKVQABuilder",
+        "vg_vqa": "lavish.datasets.builders.vqa_builder:VGVQABuilder",
+    },
     "task": {"scenes": "lavish.tasks.scenes:ScenesTask"},
     "runner": {
         "runner_base": "lavish.runners.runner_base:RunnerBase",
@@ -55,6 +63,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
 BASES: dict[str, str] = {
     "model": "torch.nn:Module",
     "processor": "lavish.processors.base_processor:BaseProcessor",
+    "builder": "lavish.datasets.builders.base_dataset_builder:BaseDatasetBuilder",
     "task": "lavish.tasks.base_task:BaseTask",
     "runner": "lavish.runners.runner_base:RunnerBase",
 }

@@ -1,0 +1,91 @@
+"""Pictures with captions: COCO, nocaps, Flickr-like sets. Source: salesforce/LAVIS, caption_datasets.py and
+coco_caption_datasets.py of lavis/datasets/datasets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lavish.common.errors import DataError, shown
+from lavish.datasets.datasets.annotations import need
+from lavish.datasets.datasets.base_dataset import BaseDataset
+
+
+class CaptionDataset(BaseDataset):
+    """Training: `image`, `text_input`, `image_id`; one sample a caption, pictures numbered as they first appear."""
+
+    def __init__(
+        self,
+        vis_processor: Any = None,
+        text_processor: Any = None,
+        vis_root: str | Path | None = None,
+        ann_paths: Sequence[str | Path] = (),
+    ) -> None:
+        super().__init__(vis_processor, text_processor, vis_root, ann_paths)
+        self.img_ids = number_images(self)
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """Give one picture with one caption."""
+        record = self.annotation[index]
+        return {
+            "image": self.picture(need(record, "image")),
+            "text_input": self.text(record, "caption"),
+            "image_id": self.img_ids[record["image_id"]],
+        }
+
+
+class CaptionEvalDataset(BaseDataset):
+    """Evaluation: `image`, `image_id`, `instance_id`."""
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """Give one picture."""
+        record = self.annotation[index]
+        return {
+            "image": self.picture(need(record, "image")),
+            "image_id": self.image_id(record),
+            "instance_id": record["instance_id"],
+        }
+
+    def image_id(self, record: dict[str, Any]) -> Any:
+        """Give the id under which a caption is scored."""
+        return need(record, "image_id")
+
+
+COCOCapDataset = CaptionDataset
+
+
+class COCOCapEvalDataset(CaptionEvalDataset):
+    """COCO: `image_id` is the number at the end of the file's name, as COCO's own annotations have it."""
+
+    def image_id(self, record: dict[str, Any]) -> int:
+        """Read the number off `val2014/COCO_val2014_000000184613.jpg`."""
+        # Trap: LAVIS strips the characters of ".jpg" from both ends instead of the suffix.
+        number = re.search(r"(\d+)$", Path(str(need(record, "image"))).stem)
+        if number is None:
+            raise DataError(f"image is {shown(record['image'])}; the name of a COCO picture ends with its number.")
+        return int(number[1])
+
+
+class NoCapsEvalDataset(CaptionEvalDataset):
+    """nocaps: `image_id` is the field `img_id`."""
+
+    def image_id(self, record: dict[str, Any]) -> Any:
+        """Give the id that the nocaps server knows."""
+        return need(record, "img_id")
+
+
+def number_images(dataset: BaseDataset) -> dict[Any, int]:
+    """Give the running number of each `image_id`, in the order of first appearance.
+
+    Raises:
+        DataError: a record has none; says the row.
+    """
+    numbers: dict[Any, int] = {}
+    for index, record in enumerate(dataset.annotation):
+        if "image_id" not in record:
+            raise DataError(f"{dataset.where(index)}: the field 'image_id' is missing.")
+        numbers.setdefault(record["image_id"], len(numbers))
+    return numbers
