@@ -14,10 +14,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lavish.checkpoints.output import Output
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that lies in the same files as the weights that it changes (SAT)."""
+
+    fields: dict[str, Any]
+    """As in an adapter_config.json of PEFT."""
+    tensors: tuple[Output, ...]
+    """Its matrices, under PEFT's names."""
+    deltas: Mapping[str, Callable[[], torch.Tensor]]
+    """Name of a weight of `Release.tensors` -> what the LoRA adds to it, float32; see `add`."""
+
+    def add(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Give a weight with its part of the LoRA added, as the release merges it: the product in float32, cast to the
+        weight's dtype before it is added."""
+        return weight + self.deltas[name]().to(weight.dtype) if name in self.deltas else weight
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,8 @@ class Release:
     """Folder of the LoRA that the release consists of too; None: it has none."""
     adapted: Callable[[Any], None] | None = None
     """Called with the network once an adapter is on it."""
+    lora: Lora | None = None
+    """What lies on `tensors` from the same files; None: nothing does."""
 
 
 def merged(path: Path, parts: Iterable[tuple[str, TensorMap]]) -> TensorMap:

@@ -104,7 +104,8 @@ def _transformer(prefix: str, section: str | None) -> tuple[Cut, ...]:
 
 
 VOCABULARY = ("transformer.word_embeddings.weight", "mixins.lm.lm_head.weight")
-"""Cut by rows, but whole on every rank where the vocabulary has fewer than 1000: the shape decides."""
+"""Cut by rows, but whole on every rank where the vocabulary is small: when reading, the shape decides."""
+LEAST_CUT_VOCABULARY = 1000
 CUTS: tuple[Cut, ...] = (
     *(Cut(name, 0, "vocab_size") for name in VOCABULARY),
     *_transformer("", None),
@@ -158,7 +159,7 @@ def open_checkpoint(path: str | Path) -> SatCheckpoint:
     root = find_root(path)
     if root is None:
         raise UnknownLayout(f"{path}: no SAT checkpoint; looked for {CONFIG} and {LATEST} there and above it.")
-    fields = read_object(inside(root, CONFIG))
+    fields = read_config(root)
     folder = _folder(root, path)
     trees = _ranks(root, folder, fields)
     iterations = [tree.get("iteration") for tree in trees]
@@ -170,6 +171,15 @@ def open_checkpoint(path: str | Path) -> SatCheckpoint:
     tables = [_weights(folder / RANK_FILE.format(rank), tree) for rank, tree in enumerate(trees)]
     iteration = iterations[0] if isinstance(iterations[0], int) else None
     return SatCheckpoint(root, folder, fields, TensorMap(root, _merged(root, tables, fields)), len(tables), iteration)
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """Read model_config.json.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no JSON object.
+    """
+    return read_object(inside(root, CONFIG))
 
 
 def find_root(path: Path) -> Path | None:

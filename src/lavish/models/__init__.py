@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lavish.checkpoints import hf, hub
+from lavish.checkpoints import hf, hub, sat
 from lavish.checkpoints.output import TargetOptions, TargetPlan
 from lavish.checkpoints.release import Release
 from lavish.checkpoints.tensor_map import TensorMap
@@ -205,6 +205,8 @@ FAMILIES: tuple[Family, ...] = (
         decoder_layers="model.layers.",
         towers=("model.vision.",),
         tokenizer="lavish.processors.tokenizers:SentencePieceTokenizer",
+        marks=("model_config.json",),
+        layouts=("hf", "sat"),
     ),
     Family(
         name="clip_qwen",
@@ -588,6 +590,7 @@ def detect_composite(path: Path, pieces: Iterable[str]) -> Family | None:
     """
     if (path / "config.json").is_file() and any((path / name).exists() for name in hf.WEIGHT_FILES):
         return None
+    path = sat.find_root(path) or path  # of an iteration's folder or a rank's file
     given = set(pieces)
     named = [row for row in FAMILIES if given.intersection(row.piece_marks)]
     if named:  # of pieces of two families: the one that has more of them, which then refuses the rest

@@ -1,16 +1,25 @@
 """Rules from the released CogVLM tensors to our modules. The names are the same; what is here is what may differ.
 
-Not here: the SAT layout of v1.
+The other layouts come to these names first: SAT's in `sat.py`. torch is imported where weights are touched.
 """
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import torch
-
+from lavish.checkpoints.release import Release
 from lavish.checkpoints.rules import Optional, Rule
 from lavish.common.errors import CheckpointError
-from lavish.models.cogvlm.model import CogVLMForCausalLM, RotaryEmbedding, reference_inv_freq
+from lavish.models.cogvlm import sat
+
+if TYPE_CHECKING:
+    from lavish.models.cogvlm.model import CogVLMForCausalLM
+
+PIECES: tuple[str, ...] = ()
+"""No release of CogVLM comes in pieces."""
 
 INV_FREQ = "model.layers.*.self_attn.rotary_emb.inv_freq"
 
@@ -41,6 +50,14 @@ TENSOR_PARALLEL_PLAN = MappingProxyType(
 table, norms, patch embedding, 2x2 convolution and the projector's first layer, 1 (v1) to 3 % (v2) of the weights."""
 
 
+def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
+    """Open a release that no config.json describes.
+
+    Raises: as `sat.open_release`.
+    """
+    return sat.open_release(path)
+
+
 def complete(network: CogVLMForCausalLM, absent: Iterable[str] = ()) -> None:
     """Make the tensors that the files did not hold, and check those that must agree. Call it after every load.
 
@@ -49,6 +66,10 @@ def complete(network: CogVLMForCausalLM, absent: Iterable[str] = ()) -> None:
     Raises:
         CheckpointError: a name that cannot be computed, or layers with different `inv_freq` (one table serves all).
     """
+    import torch
+
+    from lavish.models.cogvlm.model import RotaryEmbedding, reference_inv_freq
+
     rotary = [module for module in network.modules() if isinstance(module, RotaryEmbedding)]  # in the order of layers
     names = {INV_FREQ.replace("*", str(index)): module for index, module in enumerate(rotary)}
     for name in absent:
