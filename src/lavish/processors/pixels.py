@@ -46,3 +46,11 @@ def normalize(image: Image.Image, mean: Sequence[float] = CLIP_MEAN, std: Sequen
     return (pixels - np.asarray(mean, np.float32).reshape(channel_shape)) / np.asarray(std, np.float32).reshape(
         channel_shape
     )
+
+
+def clip_square(image: Image.Image, side: int) -> np.ndarray:
+    """Give a picture as most towers take it: RGB, bicubic with antialiasing to a square, CLIP's mean and std.
+
+    The aspect ratio is not kept, and alpha is dropped. Shapes: (3, side, side), float32.
+    """
+    return normalize(resize_two_pass(to_rgb(image), (side, side)))

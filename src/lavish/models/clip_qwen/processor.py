@@ -9,8 +9,7 @@ What a user typed never becomes a special token; the release makes turns of it.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,25 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from lavish.checkpoints.json_file import read_object
-from lavish.common.errors import CheckpointError, ConfigError, PromptError, check_path, shown
+from lavish.common.errors import CheckpointError, ConfigError, PromptError, shown
 from lavish.common.media import MediaLimits, open_image
 from lavish.common.messages import ImagePart, Message, TextPart, Turn, is_batch, normalize, turns
 from lavish.models.clip_qwen.config import ClipQwenConfig, read_config
+from lavish.processors.chat import (
+    IGNORE_INDEX,
+    check_end,
+    check_one_image,
+    checked_ids,
+    collate,
+    local_folder,
+    naming_conversation,
+    rows_of_ids,
+)
 from lavish.processors.pixels import normalize as normalize_pixels
 from lavish.processors.pixels import resize_two_pass, to_rgb
 from lavish.processors.qwen_tokenizer import ChatML, Slots, load_qwen_tokenizer, refuse_typed_image
 from lavish.processors.tokenizers import encode_plain
 
-IGNORE_INDEX = -100
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the release's demo and web UI, which show the network other pixels than its training did."""
 PIXEL_RULES = ("training", "webui")
@@ -94,7 +102,7 @@ class ClipQwenProcessor(ProcessorMixin):
             CheckpointError: config.json or the tokenizer is absent or damaged.
             ConfigError: the tokenizer belongs to another model.
         """
-        folder = _folder(pretrained_model_name_or_path, revision)
+        folder = local_folder(pretrained_model_name_or_path, revision)
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{folder}: no config.json; released pieces are put together by lavish.load(folder, llm=..., "
@@ -102,7 +110,7 @@ class ClipQwenProcessor(ProcessorMixin):
             )
         config = read_config(read_object(folder / "config.json"), str(folder / "config.json"))
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            tokenizer = load_qwen_tokenizer(folder if tokenizer is None else _folder(tokenizer, None))
+            tokenizer = load_qwen_tokenizer(folder if tokenizer is None else local_folder(tokenizer, None))
         return cls(tokenizer, config)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:  # pyright: ignore
@@ -158,12 +166,8 @@ class ClipQwenProcessor(ProcessorMixin):
         conversations = messages if is_batch(messages) else [messages]
         rows: list[Row] = []
         for index, conversation in enumerate(conversations):
-            try:
+            with naming_conversation(index, len(conversations)):
                 rows.append(self._row(normalize(conversation), add_generation_prompt, return_labels))
-            except PromptError as error:
-                if len(conversations) == 1:
-                    raise
-                raise PromptError(f"Conversation {index} of {len(conversations)}: {error}") from error
         if not tokenize:
             texts = [self._text(row) for row in rows]
             return texts if is_batch(messages) else texts[0]
@@ -181,13 +185,7 @@ class ClipQwenProcessor(ProcessorMixin):
         system, rounds = turns(messages)
         _check_images(messages)
         is_finished = rounds[-1].answer is not None
-        if return_labels and not is_finished:
-            raise PromptError("return_labels needs a conversation that ends with an answer; its last message has none.")
-        if is_finished and not return_labels and add_generation_prompt:
-            raise PromptError(
-                "The conversation ends with an answer, so there is nothing to generate: add a question, or pass "
-                "add_generation_prompt=False (or return_labels=True for training)."
-            )
+        check_end(is_finished, add_generation_prompt, return_labels)
         if not is_finished and not any(message.images() or message.text().strip() for message in messages):
             raise PromptError("The prompt is empty: no text and no image.")
         system_text = self.config.system_prompt if system is None else system.text()
@@ -241,33 +239,21 @@ class ClipQwenProcessor(ProcessorMixin):
         return_tensors: str | None,
         is_single: bool,
     ) -> BatchFeature:
-        if padding_side not in ("left", "right"):
-            raise PromptError(
-                f"padding_side={padding_side!r} is unknown; use 'left' (generation) or 'right' (training)."
-            )
-        if return_tensors not in (None, "pt", "np"):
-            raise PromptError(f"return_tensors={return_tensors!r} is unknown; use 'pt', 'np' or None.")
-        width = max(len(row.input_ids) for row in rows)
-
-        def pad(values: list[int], fill: int) -> list[int]:
-            padding = [fill] * (width - len(values))
-            return padding + values if padding_side == "left" else values + padding
-
         image = self.chatml.ids.image
-        data: dict[str, Any] = {
-            "input_ids": [pad(row.input_ids, self.chatml.ids.end_of_text) for row in rows],
-            "attention_mask": [pad([1] * len(row.input_ids), 0) for row in rows],
-            "token_type_ids": [pad([int(token == image) for token in row.input_ids], 0) for row in rows],
+        columns = {
+            "input_ids": [row.input_ids for row in rows],
+            "token_type_ids": [[int(token == image) for token in row.input_ids] for row in rows],
         }
         if return_labels:
-            data["labels"] = [pad(row.labels, IGNORE_INDEX) for row in rows]
-        if return_tensors is None and is_single:
-            data = {name: values[0] for name, values in data.items()}
-        if return_tensors is not None:
-            data = {name: np.asarray(values, dtype=np.int64) for name, values in data.items()}
-        if pixels:
-            data["pixel_values"] = np.stack(pixels)
-        return BatchFeature(data, tensor_type=return_tensors)
+            columns["labels"] = [row.labels for row in rows]
+        return collate(
+            columns,
+            pixels,
+            pad_token_id=self.chatml.ids.end_of_text,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+            is_single=is_single,
+        )
 
     # Images
 
@@ -320,12 +306,7 @@ class ClipQwenProcessor(ProcessorMixin):
         Raises:
             PromptError: what is no id: a negative one (the -100 of labels), a text.
         """
-        ids: Any = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else token_ids
-        ids = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str | bytes) else [ids]
-        ids = [token_id.tolist() if isinstance(token_id, torch.Tensor | np.integer) else token_id for token_id in ids]
-        for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise PromptError(f"decode takes token ids, whole numbers from 0, and found {shown(token_id)}.")
+        ids = checked_ids(token_ids)
         known = [token_id for token_id in ids if token_id < len(self.tokenizer)]
         return self.tokenizer.decode(known, skip_special_tokens=skip_special_tokens, **kwargs)
 
@@ -333,24 +314,12 @@ class ClipQwenProcessor(ProcessorMixin):
         self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """Give the text of each row of ids, as `decode`."""
-        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
+        rows = rows_of_ids(sequences)
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in rows]
 
 
 def _check_images(messages: Sequence[Message]) -> None:
-    found = [index for index, message in enumerate(messages) for _ in message.images()]
-    if len(found) > 1:
-        raise PromptError(
-            f"The conversation holds {len(found)} images (messages {', '.join(map(str, found))}); this family was "
-            "trained with one. Keep one, or start a new conversation for the next."
-        )
+    places = [index for index, message in enumerate(messages) for _ in message.images()]
+    check_one_image(places, "this family was trained with one")
     for index, message in enumerate(messages):
         refuse_typed_image(message.text(), f"Message {index}")
-
-
-def _folder(name_or_path: str | Path, revision: str | None) -> Path:
-    check_path(name_or_path, "the folder")
-    if os.path.isdir(name_or_path):
-        return Path(name_or_path)
-    from lavish.checkpoints import hub  # only a hub name needs it
-
-    return hub.resolve(str(name_or_path), revision=revision)

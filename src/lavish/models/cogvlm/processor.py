@@ -9,8 +9,7 @@ it as text. Nothing here runs the network, and a prompt that is longer than the 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,24 @@ import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from lavish.checkpoints.json_file import read_object, read_optional_object
-from lavish.common.errors import CheckpointError, ConfigError, PromptError, check_path, did_you_mean, shown
+from lavish.common.errors import CheckpointError, ConfigError, PromptError, did_you_mean, shown
 from lavish.common.media import MediaLimits, image_digest, open_image
 from lavish.common.messages import ImagePart, Message, VideoPart, images, is_batch, normalize, turns
 from lavish.models.cogvlm.config import CogVLMConfig, CogVLMVisionConfig, read_config
 from lavish.models.cogvlm.video import frame_pixels, read_clip
-from lavish.processors.pixels import CLIP_MEAN, CLIP_STD, resize_two_pass, to_rgb
-from lavish.processors.pixels import normalize as normalize_pixels
+from lavish.processors.chat import (
+    IGNORE_INDEX,
+    check_end,
+    check_one_image,
+    checked_ids,
+    collate,
+    local_folder,
+    naming_conversation,
+    rows_of_ids,
+)
+from lavish.processors.pixels import clip_square
 from lavish.processors.tokenizers import encode_plain, load_tokenizer
 
-IGNORE_INDEX = -100
 TEXT_TYPE, VISION_TYPE = 0, 1
 
 
@@ -161,7 +168,7 @@ class CogVLMProcessor(ProcessorMixin):
             CheckpointError: config.json or the tokenizer is absent or damaged.
             ConfigError: the tokenizer belongs to another model.
         """
-        folder = _folder(pretrained_model_name_or_path, revision)
+        folder = local_folder(pretrained_model_name_or_path, revision)
         saved = read_optional_object(folder / "processor_config.json")
         fields = ("image_size", "num_image_tokens", "bos_token_id", "eos_token_id", "pad_token_id", "template_version")
         if saved.get("processor_class") == cls.__name__ and all(field in saved for field in fields):
@@ -213,13 +220,9 @@ class CogVLMProcessor(ProcessorMixin):
             raise PromptError(f"compat={compat!r} is unknown; use None or 'release'.")
         prompts = []
         for index, conversation in enumerate(conversations):
-            try:
+            with naming_conversation(index, len(conversations)):
                 checked = normalize(conversation, allow_videos=self.max_frames is not None)
                 prompts.append(self._render(checked, chat_template, add_generation_prompt, return_labels, compat))
-            except PromptError as error:
-                if len(conversations) == 1:
-                    raise
-                raise PromptError(f"Conversation {index} of {len(conversations)}: {error}") from error
         if not tokenize:
             texts = ["".join(text for text, _ in prompt.pieces) for prompt in prompts]
             return texts if is_batch(messages) else texts[0]
@@ -283,7 +286,7 @@ class CogVLMProcessor(ProcessorMixin):
                 f"The template {name!r} is for conversations without an image; use 'chat', 'vqa' or 'base'."
             )
         is_finished = rounds[-1].answer is not None
-        _check_end(is_finished, add_generation_prompt, return_labels)
+        check_end(is_finished, add_generation_prompt, return_labels)
         if not is_finished and media is None and not any(message.text().strip() for message in messages):
             raise PromptError("The prompt is empty: no text and no image.")
         questions = [turn.user.text() for turn in rounds]
@@ -341,32 +344,15 @@ class CogVLMProcessor(ProcessorMixin):
         return_tensors: str | None,
         is_single: bool,
     ) -> BatchFeature:
-        if padding_side not in ("left", "right"):
-            raise PromptError(
-                f"padding_side={padding_side!r} is unknown; use 'left' (generation) or 'right' (training)."
-            )
-        if return_tensors not in (None, "pt", "np"):
-            raise PromptError(f"return_tensors={return_tensors!r} is unknown; use 'pt', 'np' or None.")
-        width = max(len(row.input_ids) for row in rows)
-
-        def pad(values: list[int], fill: int) -> list[int]:
-            padding = [fill] * (width - len(values))
-            return padding + values if padding_side == "left" else values + padding
-
-        data: dict[str, Any] = {
-            "input_ids": [pad(row.input_ids, self.pad_token_id) for row in rows],
-            "attention_mask": [pad([1] * len(row.input_ids), 0) for row in rows],
-            "token_type_ids": [pad(row.token_type_ids, TEXT_TYPE) for row in rows],
-        }
-        if return_labels:
-            data["labels"] = [pad(row.labels, IGNORE_INDEX) for row in rows]
-        if return_tensors is None and is_single:
-            data = {name: values[0] for name, values in data.items()}
-        if return_tensors is not None:
-            data = {name: np.asarray(values, dtype=np.int64) for name, values in data.items()}
-        if pictures:
-            data["pixel_values"] = np.stack([self._pixels(picture) for picture in pictures])
-        return BatchFeature(data, tensor_type=return_tensors)
+        names = ("input_ids", "token_type_ids", *(("labels",) if return_labels else ()))
+        return collate(
+            {name: [getattr(row, name) for row in rows] for name in names},
+            [self._pixels(picture) for picture in pictures],
+            pad_token_id=self.pad_token_id,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+            is_single=is_single,
+        )
 
     # Images
 
@@ -403,9 +389,7 @@ class CogVLMProcessor(ProcessorMixin):
     def _pixels(self, picture: Any) -> np.ndarray:
         if self.max_frames is not None:
             return frame_pixels(picture, self.image_size)
-        return normalize_pixels(
-            resize_two_pass(to_rgb(picture), (self.image_size, self.image_size)), CLIP_MEAN, CLIP_STD
-        )
+        return clip_square(picture, self.image_size)
 
     def open_images(
         self, messages: Any, *, allow_paths: bool = True, allow_urls: bool = False, limits: MediaLimits | None = None
@@ -447,8 +431,7 @@ class CogVLMProcessor(ProcessorMixin):
         Raises:
             PromptError: what is no id: a negative one (the -100 of labels), one that no vocabulary can hold, a text.
         """
-        _check_ids(token_ids)
-        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        return self.tokenizer.decode(checked_ids(token_ids), skip_special_tokens=skip_special_tokens, **kwargs)
 
     def batch_decode(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -458,10 +441,8 @@ class CogVLMProcessor(ProcessorMixin):
         Raises:
             PromptError: as `decode`.
         """
-        sequences = sequences.tolist() if isinstance(sequences, torch.Tensor) else sequences
-        if isinstance(sequences, str | bytes) or not isinstance(sequences, Iterable):
-            raise PromptError(f"batch_decode takes rows of token ids, not {shown(sequences)}.")
-        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
+        rows = rows_of_ids(sequences)
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in rows]
 
     def show_labels(self, batch: BatchFeature) -> str:
         """Render the rows of a training batch for a human, one line each: what is trained stands between « and ».
@@ -498,19 +479,6 @@ class CogVLMProcessor(ProcessorMixin):
         return "".join(shown)
 
 
-def _check_end(is_finished: bool, add_generation_prompt: bool, return_labels: bool) -> None:
-    """Check that the last message is what the call needs: an answer to learn, or a question to answer."""
-    if return_labels and not is_finished:
-        raise PromptError(
-            "return_labels needs a conversation that ends with an answer; its last message has role 'user'."
-        )
-    if is_finished and not return_labels and add_generation_prompt:
-        raise PromptError(
-            "The conversation ends with an answer, so there is nothing to generate: add a question, or pass "
-            "add_generation_prompt=False (or return_labels=True for training)."
-        )
-
-
 def _last_turn(
     template: Template, questions: list[str], answers: list[str], add_answer_prompt: bool
 ) -> tuple[tuple[str, bool], ...]:
@@ -534,18 +502,13 @@ def _all_turns(template: Template, questions: list[str], answers: list[str]) -> 
 def _one_picture(messages: list[Message]) -> ImagePart | VideoPart | None:
     parts = [(index, part) for index, message in enumerate(messages) for part in message.parts]
     found = [(index, part) for index, part in parts if isinstance(part, ImagePart | VideoPart)]
-    where = ", ".join(str(index) for index, _ in found)
+    places = [index for index, _ in found]
     if len(found) > 1 and any(isinstance(part, VideoPart) for _, part in found):
         raise PromptError(
-            f"The conversation holds {len(found)} videos and images (messages {where}); CogVLM2-Video takes one video, "
-            "or one image."
+            f"The conversation holds {len(found)} videos and images (messages {', '.join(map(str, places))}); "
+            "CogVLM2-Video takes one video, or one image."
         )
-    if len(found) > 1:
-        raise PromptError(
-            f"The conversation holds {len(found)} images (messages {where}); CogVLM takes one, which stands before the "
-            "text for all turns. "
-            "Keep one image, or start a new conversation for the next one."
-        )
+    check_one_image(places, "CogVLM takes one, which stands before the text for all turns")
     return found[0][1] if found else None
 
 
@@ -554,31 +517,10 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase:
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
-    return load_tokenizer(folder if tokenizer is None else _folder(tokenizer, None), vocab_size=vocab_size)
+    return load_tokenizer(folder if tokenizer is None else local_folder(tokenizer, None), vocab_size=vocab_size)
 
 
 def _one_id(name: str, token_id: Any) -> int:
     if not isinstance(token_id, int):
         raise ConfigError(f"config: {name} is {token_id!r}; the processor needs one id. Correct the config.json.")
     return token_id
-
-
-def _check_ids(token_ids: Any) -> None:
-    """Check ids before a tokenizer sees them: each kind answers wrong ones with another fault."""
-    rows = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else token_ids
-    rows = rows if isinstance(rows, list | tuple) else [rows]
-    for token_id in (i for row in rows for i in (row if isinstance(row, list | tuple) else [row])):
-        if isinstance(token_id, torch.Tensor | np.integer):
-            token_id = token_id.tolist()
-        if not isinstance(token_id, int) or not 0 <= token_id < 2**31:
-            hint = " Labels of -100 are no tokens; leave them out." if token_id == -100 else ""
-            raise PromptError(f"decode takes token ids, whole numbers from 0, and found {shown(token_id)}.{hint}")
-
-
-def _folder(name_or_path: str | Path, revision: str | None) -> Path:
-    check_path(name_or_path, "the folder")
-    if os.path.isdir(name_or_path):
-        return Path(name_or_path)
-    from lavish.checkpoints import hub  # only a hub name needs it
-
-    return hub.resolve(str(name_or_path), revision=revision)

@@ -11,8 +11,7 @@ stand around as many pad ids as the picture has tokens.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,25 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from lavish.checkpoints.json_file import read_object, read_optional_object
-from lavish.common.errors import CheckpointError, ConfigError, PromptError, check_path, did_you_mean, shown
+from lavish.common.errors import CheckpointError, ConfigError, PromptError, did_you_mean, shown
 from lavish.common.media import MediaLimits, open_image
 from lavish.common.messages import ROLES, ImagePart, Message, is_batch, normalize
 from lavish.models.glm4v_9b import tokenizer as glm_tokenizer
 from lavish.models.glm4v_9b.config import ChatGLMConfig, read_config
 from lavish.models.glm4v_9b.tools import tools_text
-from lavish.processors.pixels import CLIP_MEAN, CLIP_STD, resize_two_pass, to_rgb
-from lavish.processors.pixels import normalize as normalize_pixels
+from lavish.processors.chat import (
+    IGNORE_INDEX,
+    check_batch,
+    check_one_image,
+    checked_ids,
+    collate,
+    local_folder,
+    naming_conversation,
+    rows_of_ids,
+)
+from lavish.processors.pixels import clip_square
 from lavish.processors.tokenizers import encode_plain
 
-IGNORE_INDEX = -100
 ALL_ROLES = (*ROLES, "observation")
 BOI, EOI = "<|begin_of_image|>", "<|end_of_image|>"
 TURN_ENDS = ("user", "observation")
@@ -137,7 +144,7 @@ class Glm4v9bProcessor(ProcessorMixin):
             CheckpointError: config.json or the tokenizer is absent or damaged.
             ConfigError: the tokenizer belongs to another model, or was made for pictures of another size.
         """
-        folder = _folder(pretrained_model_name_or_path, revision)
+        folder = local_folder(pretrained_model_name_or_path, revision)
         saved = read_optional_object(folder / "processor_config.json")
         fields = ("image_size", "num_image_tokens", "pad_token_id")
         if saved.get("processor_class") == cls.__name__ and all(name in saved for name in fields):
@@ -197,16 +204,12 @@ class Glm4v9bProcessor(ProcessorMixin):
         conversations = messages if is_batch(messages) else [messages]
         rows = []
         for index, conversation in enumerate(conversations):
-            try:
+            with naming_conversation(index, len(conversations)):
                 checked = read_messages(conversation)
                 if return_labels:
                     rows.append(self._training_row(checked, is_release=compat == "release"))
                 else:
                     rows.append(self._row(checked, add_generation_prompt))
-            except PromptError as error:
-                if len(conversations) == 1:
-                    raise
-                raise PromptError(f"Conversation {index} of {len(conversations)}: {error}") from error
         if not tokenize:
             return [row.text for row in rows] if is_batch(messages) else rows[0].text
         pictures = [
@@ -308,29 +311,22 @@ class Glm4v9bProcessor(ProcessorMixin):
         return_tensors: str | None,
         is_single: bool,
     ) -> BatchFeature:
-        data: dict[str, Any] = {"input_ids": [], "attention_mask": [], "token_type_ids": [], "labels": []}
-        for row in rows:
-            count = self.num_image_tokens
-            slots = [self._ids[BOI], *[self.pad_token_id] * (count - 2), self._ids[EOI]]
-            data["input_ids"].append(_expanded(row, row.input_ids, slots))
-            data["attention_mask"].append([1] * len(data["input_ids"][-1]))
-            data["token_type_ids"].append(_expanded(row, [0] * len(row.input_ids), [1] * count))
-            data["labels"].append(_expanded(row, row.labels, [IGNORE_INDEX] * count))
-        if not return_labels:
-            del data["labels"]
-        width = max(map(len, data["input_ids"]))
-        fills = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
-        for name, values in data.items():
-            padding = [[fills.get(name, 0)] * (width - len(value)) for value in values]
-            is_left = padding_side == "left"
-            data[name] = [pad + v if is_left else v + pad for pad, v in zip(padding, values, strict=True)]
-        if return_tensors is None and is_single:
-            data = {name: values[0] for name, values in data.items()}
-        if return_tensors is not None:
-            data = {name: np.asarray(values, dtype=np.int64) for name, values in data.items()}
-        if pictures:
-            data["pixel_values"] = np.stack([self._pixels(picture) for picture in pictures])
-        return BatchFeature(data, tensor_type=return_tensors)
+        count = self.num_image_tokens
+        slots = [self._ids[BOI], *[self.pad_token_id] * (count - 2), self._ids[EOI]]
+        columns = {
+            "input_ids": [_expanded(row, row.input_ids, slots) for row in rows],
+            "token_type_ids": [_expanded(row, [0] * len(row.input_ids), [1] * count) for row in rows],
+        }
+        if return_labels:
+            columns["labels"] = [_expanded(row, row.labels, [IGNORE_INDEX] * count) for row in rows]
+        return collate(
+            columns,
+            [self._pixels(picture) for picture in pictures],
+            pad_token_id=self.pad_token_id,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+            is_single=is_single,
+        )
 
     # Images
 
@@ -347,8 +343,7 @@ class Glm4v9bProcessor(ProcessorMixin):
         return torch.from_numpy(self._pixels(picture))
 
     def _pixels(self, picture: Any) -> np.ndarray:
-        size = (self.image_size, self.image_size)
-        return normalize_pixels(resize_two_pass(to_rgb(picture), size), CLIP_MEAN, CLIP_STD)
+        return clip_square(picture, self.image_size)
 
     # Text
 
@@ -366,7 +361,7 @@ class Glm4v9bProcessor(ProcessorMixin):
         Raises:
             PromptError: what is no id: a negative one (the -100 of labels), one that no vocabulary can hold, a text.
         """
-        ids = _checked_ids(token_ids)
+        ids = checked_ids(token_ids)
         text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
         begins_special = bool(ids) and ids[0] in self.tokenizer.added_tokens_decoder
         return text if begins_special or not skip_special_tokens else text.removeprefix("\n")
@@ -379,10 +374,8 @@ class Glm4v9bProcessor(ProcessorMixin):
         Raises:
             PromptError: as `decode`.
         """
-        sequences = sequences.tolist() if isinstance(sequences, torch.Tensor) else sequences
-        if isinstance(sequences, str | bytes) or not isinstance(sequences, Iterable):
-            raise PromptError(f"batch_decode takes rows of token ids, not {shown(sequences)}.")
-        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
+        rows = rows_of_ids(sequences)
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in rows]
 
 
 def read_messages(messages: Any) -> list[GLMMessage]:
@@ -410,13 +403,8 @@ def read_messages(messages: Any) -> list[GLMMessage]:
         if tools:
             tools_text(tools, f"Message {index}")
         found.append(checked)
-    count = sum(len(message.images()) for message in found)
-    if count > 1:
-        where = ", ".join(str(index) for index, message in enumerate(found) for _ in message.images())
-        raise PromptError(
-            f"The conversation holds {count} images (messages {where}); GLM-4V-9B takes one, in any turn. Keep one "
-            "image, or start a new conversation for the next one."
-        )
+    places = [index for index, message in enumerate(found) for _ in message.images()]
+    check_one_image(places, "GLM-4V-9B takes one, in any turn")
     return found
 
 
@@ -445,10 +433,7 @@ def _check_options(chat_template: Any, compat: Any, padding_side: Any, return_te
         raise PromptError(f"chat_template={shown(chat_template)} is unknown; GLM-4V-9B has one template, 'chat'.")
     if compat not in (None, "release"):
         raise PromptError(f"compat={compat!r} is unknown; use None or 'release'.")
-    if padding_side not in ("left", "right"):
-        raise PromptError(f"padding_side={padding_side!r} is unknown; use 'left' (generation) or 'right' (training).")
-    if return_tensors not in (None, "pt", "np"):
-        raise PromptError(f"return_tensors={return_tensors!r} is unknown; use 'pt', 'np' or None.")
+    check_batch(padding_side, return_tensors)
 
 
 def _expanded(row: Row, values: list[int], slots: list[int]) -> list[int]:
@@ -467,31 +452,7 @@ def _cut(row: Row) -> None:
     del row.input_ids[RELEASE_TRAIN_TOKENS:], row.labels[RELEASE_TRAIN_TOKENS:]
 
 
-def _checked_ids(token_ids: Any) -> list[int]:
-    """Check the ids of one row before a tokenizer sees them."""
-    ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else token_ids
-    ids = list(ids) if isinstance(ids, list | tuple) else [ids]
-    found = []
-    for token_id in ids:
-        if isinstance(token_id, torch.Tensor | np.integer):
-            token_id = token_id.tolist()
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**31:
-            hint = " Labels of -100 are no tokens; leave them out." if token_id == IGNORE_INDEX else ""
-            raise PromptError(f"decode takes token ids, whole numbers from 0, and found {shown(token_id)}.{hint}")
-        found.append(token_id)
-    return found
-
-
 def _tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase | None, folder: Path) -> PreTrainedTokenizerBase:
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
-    return glm_tokenizer.load(folder if tokenizer is None else _folder(tokenizer, None))
-
-
-def _folder(name_or_path: str | Path, revision: str | None) -> Path:
-    check_path(name_or_path, "the folder")
-    if os.path.isdir(name_or_path):
-        return Path(name_or_path)
-    from lavish.checkpoints import hub  # only a hub name needs it
-
-    return hub.resolve(str(name_or_path), revision=revision)
+    return glm_tokenizer.load(folder if tokenizer is None else local_folder(tokenizer, None))

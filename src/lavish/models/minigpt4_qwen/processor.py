@@ -10,9 +10,8 @@ What a user typed never becomes a special token or a slot; the release makes bot
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from lavish.checkpoints.json_file import read_object, read_optional_object
-from lavish.common.errors import CheckpointError, ConfigError, MediaError, PromptError, check_path, shown
+from lavish.common.errors import CheckpointError, ConfigError, PromptError, shown
 from lavish.common.media import MediaLimits, open_image
 from lavish.common.messages import Message, is_batch, normalize, turns
 from lavish.common.video import read_frames
@@ -38,8 +37,16 @@ from lavish.models.minigpt4_qwen.pieces import (
     split_places,
     user_pieces,
 )
-from lavish.processors.pixels import CLIP_MEAN, CLIP_STD, resize_two_pass, to_rgb
-from lavish.processors.pixels import normalize as normalize_pixels
+from lavish.processors.chat import (
+    IGNORE_INDEX,
+    check_end,
+    checked_ids,
+    collate,
+    local_folder,
+    naming_conversation,
+    rows_of_ids,
+)
+from lavish.processors.pixels import clip_square
 from lavish.processors.qwen_tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -53,7 +60,6 @@ from lavish.processors.qwen_tokenizer import (
 )
 from lavish.processors.tokenizers import encode_plain
 
-IGNORE_INDEX = -100
 MARKERS = (END_OF_TEXT, IM_START, IM_END)
 """The special tokens that a rendered prompt may hold; a slot comes from `<ImageHere>` alone."""
 MAX_FRAMES = 32
@@ -153,9 +159,9 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
             CheckpointError: config.json or the tokenizer is absent or damaged.
             ConfigError: the tokenizer belongs to another model.
         """
-        folder = _folder(pretrained_model_name_or_path, revision)
+        folder = local_folder(pretrained_model_name_or_path, revision)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            tokenizer = load_qwen_tokenizer(folder if tokenizer is None else _folder(tokenizer, None))
+            tokenizer = load_qwen_tokenizer(folder if tokenizer is None else local_folder(tokenizer, None))
         saved = read_optional_object(folder / "processor_config.json")
         fields = ("image_size", "num_image_tokens", "system_message", "max_window_size")
         if saved.get("processor_class") == cls.__name__ and all(name in saved for name in fields):
@@ -214,19 +220,15 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
 
         rows, texts = [], []
         for index, conversation in enumerate(conversations):
-            try:
+            with naming_conversation(index, len(conversations)):
                 spoken = self._spoken(normalize(conversation, allow_videos=True), frames)
-                _check_end(spoken.is_finished, add_generation_prompt, return_labels)
+                check_end(spoken.is_finished, add_generation_prompt, return_labels)
                 if not tokenize:
                     texts.append(self._text(spoken, add_generation_prompt))
                 elif return_labels:
                     rows.append(self._training_row(spoken, _live(compat)))
                 else:
                     rows.append(self._prompt_row(spoken))
-            except (PromptError, MediaError) as error:
-                if len(conversations) == 1:
-                    raise
-                raise type(error)(f"Conversation {index} of {len(conversations)}: {error}") from error
         if not tokenize:
             return texts if is_batch(messages) else texts[0]
         pictures = [
@@ -423,32 +425,16 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
         is_single: bool,
         width: int = 0,
     ) -> BatchFeature:
-        if padding_side not in ("left", "right"):
-            raise PromptError(
-                f"padding_side={padding_side!r} is unknown; use 'left' (generation) or 'right' (training)."
-            )
-        if return_tensors not in (None, "pt", "np"):
-            raise PromptError(f"return_tensors={return_tensors!r} is unknown; use 'pt', 'np' or None.")
-        width = max(width, *(len(row.input_ids) for row in rows))
-
-        def pad(values: list[int], fill: int) -> list[int]:
-            padding = [fill] * (width - len(values))
-            return padding + values if padding_side == "left" else values + padding
-
-        data: dict[str, Any] = {
-            "input_ids": [pad(row.input_ids, self._ids.end_of_text) for row in rows],
-            "attention_mask": [pad([1] * len(row.input_ids), 0) for row in rows],
-            "token_type_ids": [pad(row.token_type_ids, 0) for row in rows],
-        }
-        if return_labels:
-            data["labels"] = [pad(row.labels, IGNORE_INDEX) for row in rows]
-        if return_tensors is None and is_single:
-            data = {name: values[0] for name, values in data.items()}
-        if return_tensors is not None:
-            data = {name: np.asarray(values, dtype=np.int64) for name, values in data.items()}
-        if pictures:
-            data["pixel_values"] = np.stack([self._pixels(picture) for picture in pictures])
-        return BatchFeature(data, tensor_type=return_tensors)
+        names = ("input_ids", "token_type_ids", *(("labels",) if return_labels else ()))
+        return collate(
+            {name: [getattr(row, name) for row in rows] for name in names},
+            [self._pixels(picture) for picture in pictures],
+            pad_token_id=self._ids.end_of_text,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+            is_single=is_single,
+            width=width,
+        )
 
     # Images
 
@@ -465,8 +451,7 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
         return torch.from_numpy(self._pixels(picture))
 
     def _pixels(self, picture: Any) -> np.ndarray:
-        size = (self.image_size, self.image_size)
-        return normalize_pixels(resize_two_pass(to_rgb(picture), size), CLIP_MEAN, CLIP_STD)
+        return clip_square(picture, self.image_size)
 
     # Text
 
@@ -480,12 +465,7 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
         Raises:
             PromptError: what is no id: a negative one (the -100 of labels), a text.
         """
-        ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else token_ids
-        ids = [ids] if isinstance(ids, int) else list(ids)
-        for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**31:
-                hint = " Labels of -100 are no tokens; leave them out." if token_id == IGNORE_INDEX else ""
-                raise PromptError(f"decode takes token ids, whole numbers from 0, and found {shown(token_id)}.{hint}")
+        ids = checked_ids(token_ids)
         known = [token_id for token_id in ids if token_id < len(self.tokenizer)]
         return self.tokenizer.decode(known, skip_special_tokens=skip_special_tokens, **kwargs)
 
@@ -493,9 +473,8 @@ class MiniGPT4QwenProcessor(ProcessorMixin):
         self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """Give the text of each row of ids, as `decode`."""
-        if isinstance(sequences, str | bytes) or not isinstance(sequences, Iterable):
-            raise PromptError(f"batch_decode takes rows of token ids, not {shown(sequences)}.")
-        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
+        rows = rows_of_ids(sequences)
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in rows]
 
 
 def _check_compat(compat: str | None) -> None:
@@ -506,24 +485,3 @@ def _check_compat(compat: str | None) -> None:
 def _live(compat: str | None) -> Sequence[str]:
     """Give the special tokens that the release reads in what a user typed: all; none by default."""
     return () if compat is None else SPECIAL_TOKENS
-
-
-def _check_end(is_finished: bool, add_generation_prompt: bool, return_labels: bool) -> None:
-    if return_labels and not is_finished:
-        raise PromptError(
-            "return_labels needs a conversation that ends with an answer; its last message has role 'user'."
-        )
-    if is_finished and not return_labels and add_generation_prompt:
-        raise PromptError(
-            "The conversation ends with an answer, so there is nothing to generate: add a question, or pass "
-            "add_generation_prompt=False (or return_labels=True for training)."
-        )
-
-
-def _folder(name_or_path: str | Path, revision: str | None) -> Path:
-    check_path(name_or_path, "the folder")
-    if os.path.isdir(name_or_path):
-        return Path(name_or_path)
-    from lavish.checkpoints import hub  # only a hub name needs it
-
-    return hub.resolve(str(name_or_path), revision=revision)
