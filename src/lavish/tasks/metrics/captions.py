@@ -12,13 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lavish.tasks.metrics.measure import Measure, mean_of
+from lavish.tasks.metrics.measure import MAX_N, Measure, mean_of
 
 Words = Sequence[str]
-MAX_N = 4
 ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0
-_TINY, _SMALL = 1e-15, 1e-9  # keep an empty caption at 0 instead of an error, as the released scorer
 
 
 def ngrams(words: Words, max_n: int = MAX_N) -> Counter[tuple[str, ...]]:
@@ -29,7 +27,7 @@ def ngrams(words: Words, max_n: int = MAX_N) -> Counter[tuple[str, ...]]:
 def bleu(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, Measure]:
     """Give Bleu_1 to Bleu_4 of the whole set: clipped precisions, and a penalty by the closest reference lengths."""
     stats = np.array([_bleu_counts(words, refs) for words, refs in zip(predictions, references, strict=True)])
-    return {f"Bleu_{n}": Measure(stats, lambda sums, n=n: _bleu_of(sums, n)) for n in range(1, MAX_N + 1)}
+    return {f"Bleu_{n}": Measure(stats, f"bleu_{n}") for n in range(1, MAX_N + 1)}
 
 
 def _bleu_counts(words: Words, refs: Sequence[Words]) -> list[float]:
@@ -43,13 +41,6 @@ def _bleu_counts(words: Words, refs: Sequence[Words]) -> list[float]:
         right[len(gram) - 1] += min(most[gram], count)
     closest = min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
     return [len(words), closest, *right, *(max(0, len(words) - n) for n in range(MAX_N))]
-
-
-def _bleu_of(sums: np.ndarray, n: int) -> np.ndarray:
-    right, all_ = sums[..., 2 : 2 + n], sums[..., 2 + MAX_N : 2 + MAX_N + n]
-    score = ((right + _TINY) / (all_ + _SMALL)).prod(-1) ** (1 / n)
-    lengths = (sums[..., 0] + _TINY) / (sums[..., 1] + _SMALL)
-    return score * np.exp(np.minimum(0.0, 1 - 1 / lengths))
 
 
 def rouge_l(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> Measure:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lavish.tasks.metrics.measure import Measure, ratio
+from lavish.tasks.metrics.measure import Measure
 
 
 def mean_loss(losses: Sequence[float], num_tokens: Sequence[float]) -> Measure:
@@ -17,4 +17,4 @@ def mean_loss(losses: Sequence[float], num_tokens: Sequence[float]) -> Measure:
 
 def perplexity(losses: Sequence[float], num_tokens: Sequence[float]) -> Measure:
     """Give the perplexity, from each sample's mean loss (natural logarithm) and its number of label tokens."""
-    return Measure(mean_loss(losses, num_tokens).stats, lambda sums: np.exp(ratio(sums)), higher_is_better=False)
+    return Measure(mean_loss(losses, num_tokens).stats, "exp_ratio", higher_is_better=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,9 @@ from lavish.common.errors import DataError
 NUM_RESAMPLES, CONFIDENCE, SEED = 1000, 0.95, 20261120
 _DRAWS_AT_ONCE = 4_000_000  # numbers held at a time
 
-OfSums = Callable[[np.ndarray], np.ndarray]
+MAX_N = 4
+"""The longest n-grams of BLEU and CIDEr."""
+_TINY, _SMALL = 1e-15, 1e-9  # keep BLEU of an empty caption at 0 instead of an error, as the released scorer
 
 
 class Interval(NamedTuple):
@@ -34,14 +37,38 @@ def ratio(sums: np.ndarray) -> np.ndarray:
     return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] != 0)
 
 
+def exp_ratio(sums: np.ndarray) -> np.ndarray:
+    """Give the exponential of the ratio: a perplexity, of losses and tokens. Shapes: (..., 2) -> (...)."""
+    return np.exp(ratio(sums))
+
+
+def bleu_of(sums: np.ndarray, n: int) -> np.ndarray:
+    """Give BLEU-n of lengths, closest reference lengths, and right and all n-grams of 1 to 4 words: (..., 10) -> (...).
+
+    Source of the formula: Papineni et al. 2002, with the constants of salaniz/pycocoevalcap, bleu/bleu_scorer.py.
+    """
+    right, total = sums[..., 2 : 2 + n], sums[..., 2 + MAX_N : 2 + MAX_N + n]
+    score = ((right + _TINY) / (total + _SMALL)).prod(-1) ** (1 / n)
+    lengths = (sums[..., 0] + _TINY) / (sums[..., 1] + _SMALL)
+    return score * np.exp(np.minimum(0.0, 1 - 1 / lengths))
+
+
+FORMULAS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "ratio": ratio,
+    "exp_ratio": exp_ratio,
+    **{f"bleu_{n}": partial(bleu_of, n=n) for n in range(1, MAX_N + 1)},
+}
+"""What makes a value of sums, by the name under which a run's folder keeps it."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """One metric over a set of samples."""
 
     stats: np.ndarray
     """(samples, statistics), float64."""
-    of_sums: OfSums = ratio
-    """(..., statistics) -> (...): the value that sums of the statistics give."""
+    formula: str = "ratio"
+    """Which of `FORMULAS` makes the value of the sums."""
     scale: float = 1.0
     """What the value is multiplied by, 100 for percentages."""
     higher_is_better: bool = True
@@ -53,12 +80,17 @@ class Measure:
     @property
     def value(self) -> float:
         """The metric over all samples."""
-        return float(self.of_sums(self.stats.sum(0))) * self.scale
+        return float(FORMULAS[self.formula](self.stats.sum(0))) * self.scale
+
+    @property
+    def per_sample(self) -> np.ndarray:
+        """The metric of each sample alone: (samples,)."""
+        return FORMULAS[self.formula](self.stats) * self.scale
 
     def resampled(self, num: int = NUM_RESAMPLES, seed: int = SEED) -> np.ndarray:
         """Give the metric over `num` resamples: (num,)."""
         parts = [counts @ self.stats for counts in _draws(len(self.stats), num, seed)]
-        return self.of_sums(np.concatenate(parts)) * self.scale
+        return FORMULAS[self.formula](np.concatenate(parts)) * self.scale
 
     def interval(self, num: int = NUM_RESAMPLES, confidence: float = CONFIDENCE, seed: int = SEED) -> Interval:
         """Give the percentile interval."""
@@ -68,7 +100,7 @@ class Measure:
 def mean_of(scores: Sequence[float] | np.ndarray, scale: float = 1.0, *, higher_is_better: bool = True) -> Measure:
     """Give the measure of a mean of scores."""
     values = np.asarray(scores, dtype=np.float64)
-    return Measure(np.stack([values, np.ones_like(values)], axis=-1), ratio, scale, higher_is_better)
+    return Measure(np.stack([values, np.ones_like(values)], axis=-1), "ratio", scale, higher_is_better)
 
 
 class Difference(NamedTuple):

@@ -1,0 +1,168 @@
+"""A model of `lavish.load` that chats, behind the interface of samples: it is asked as its family wants to be asked.
+
+A model that talks answers "What colour is the dog?" with a sentence, and an exact metric then counts it as wrong; so
+each family has the words, or the template, that bring a short answer. What was asked stands in the record of a run.
+Sources: the CogVLM releases' own template `vqa` ("Question: ... Short answer:"); open-compass/VLMEvalKit#236, where
+CogVLM2 without it reached 4 % on TextVQA; LLaVA v1.5's instructions for short answers, choices and captions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any
+
+import torch
+from torch import nn
+
+from lavish.common import grounding
+from lavish.common.errors import ConfigError, DataError, did_you_mean
+from lavish.inference.vlm import VLM
+from lavish.tasks.captioning import texts
+from lavish.tasks.metrics.text_match import read_choice
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How one kind of question is put."""
+
+    text: str
+    """With `{question}`, and of choices `{choices}`."""
+    max_new_tokens: int
+    chat_template: str | None = None
+    """The family's template by name; None: the checkpoint's own."""
+
+
+CHOICES = "{question}\n{choices}\nAnswer with the option's letter from the given choices directly."
+ASKS = {
+    "vqa": Ask("{question}\nAnswer the question using a single word or phrase.", 16),
+    "choice": Ask(CHOICES, 16),
+    "caption": Ask("Provide a one-sentence caption for the provided image.", 48),
+    "locate": Ask(grounding.PROMPTS["locate"][0].replace("<expr>", "{question}"), 48),
+}
+"""Of every family that has no own."""
+FAMILY_ASKS: dict[str, dict[str, Ask]] = {
+    "cogvlm": {
+        "vqa": Ask("{question}", 16, "vqa"),
+        "choice": Ask(CHOICES, 16, "vqa"),
+        "caption": Ask("Describe this image in one short sentence.", 48),
+    },
+}
+"""By the `model_type` of the network's config."""
+
+
+class ChatModel(nn.Module):
+    """What the tasks ask, on a model that chats: `generate`, `predict_answers`, `choose_answers`, `locate`.
+
+    Samples have `image`, a list of pictures, and `text_input`.
+    """
+
+    def __init__(self, vlm: VLM, asks: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """`asks` replaces parts of how questions are put: {"vqa": {"text": "{question} Answer shortly."}}.
+
+        Raises:
+            ConfigError: the model holds no conversation, or an unknown kind of question or part.
+        """
+        super().__init__()
+        if "batch" not in vlm.capabilities:
+            raise ConfigError(
+                f"{vlm!r} holds no conversation; evaluate it as a registered model, with model.arch, model.model_type "
+                "and its weights as model.finetuned."
+            )
+        self.vlm = vlm
+        self.network = vlm.model
+        kind = str(getattr(vlm.model.config, "model_type", ""))  # a class attribute of every config of ours
+        self.asks = {**ASKS, **FAMILY_ASKS.get(kind, {})}
+        for name, changes in (asks or {}).items():
+            self.asks[name] = changed(self.asks, name, changes)
+
+    def generate(self, samples: Mapping[str, Any], max_length: int | None = None, **options: Any) -> list[str]:
+        """Caption each picture; of `options` beams and drawing do not apply, answers are greedy."""
+        images = samples["image"]
+        return self.ask("caption", images, [""] * len(images), max_length)
+
+    def predict_answers(self, samples: Mapping[str, Any], max_len: int | None = None, **options: Any) -> list[str]:
+        """Answer each question in a word or two: the first line of the reply.
+
+        Of `options`, those of ranking do not apply: an answer is always written.
+        """
+        replies = self.ask("vqa", samples["image"], texts(samples["text_input"]), max_len)
+        return [first_line(reply) for reply in replies]
+
+    def choose_answers(self, samples: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> list[str | None]:
+        """Answer each question by one of its choices; None where the reply names none."""
+        listed = ["\n".join(f"{ascii_uppercase[at]}. {text}" for at, text in enumerate(row)) for row in choices]
+        replies = self.ask("choice", samples["image"], texts(samples["text_input"]), choices=listed)
+        found = [read_choice(reply, row) for reply, row in zip(replies, choices, strict=True)]
+        return [None if at is None else row[at] for at, row in zip(found, choices, strict=True)]
+
+    def locate(self, samples: Mapping[str, Any]) -> list[str]:
+        """Say where each phrase is: the replies, with boxes in thousandths."""
+        return self.ask("locate", samples["image"], texts(samples["text_input"]))
+
+    @torch.no_grad()
+    def ask(
+        self,
+        kind: str,
+        images: Sequence[Any],
+        questions: Sequence[str],
+        max_new_tokens: int | None = None,
+        choices: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Put questions about pictures, all of one kind, and give the replies.
+
+        Raises:
+            DataError: another number of pictures than of questions, or pictures that are tensors.
+        """
+        if len(images) != len(questions) or isinstance(images, torch.Tensor):
+            raise DataError(
+                f"{len(questions)} questions and {len(images)} pictures ({type(images).__name__}): a chat model takes "
+                "a list of pictures as they are, one for each question."
+            )
+        ask, rows = self.asks[kind], choices or [""] * len(questions)
+        conversations = [
+            conversation(image, put(ask.text, question, row))
+            for image, question, row in zip(images, questions, rows, strict=True)
+        ]
+        replies = self.vlm.batch(
+            conversations,
+            batch_size=len(conversations),
+            max_new_tokens=max_new_tokens or ask.max_new_tokens,
+            chat_template=ask.chat_template,
+        )
+        return [reply.text.strip() for reply in replies]
+
+
+def changed(asks: Mapping[str, Ask], name: str, changes: Mapping[str, Any]) -> Ask:
+    """Give how one kind of question is put, with parts replaced.
+
+    Raises:
+        ConfigError: no such kind or part, or a text without `{question}`.
+    """
+    if name not in asks:
+        raise ConfigError(f"model.ask.{name}: no such kind.{did_you_mean(str(name), asks)} Known: {', '.join(asks)}.")
+    parts = vars(asks[name]) | dict(changes)
+    for part in parts:
+        if part not in Ask.__dataclass_fields__:
+            known = ", ".join(Ask.__dataclass_fields__)
+            raise ConfigError(f"model.ask.{name}.{part}: no such part. Known: {known}.")
+    made = Ask(**parts)
+    if name != "caption" and "{question}" not in made.text:
+        raise ConfigError(f"model.ask.{name}.text is {made.text!r}; it needs {{question}} where the question goes.")
+    return made
+
+
+def put(text: str, question: str, choices: str = "") -> str:
+    """Fill in a question; braces of the question itself stay as they are."""
+    return choices.join(part.replace("{question}", question) for part in text.split("{choices}"))
+
+
+def conversation(image: Any, text: str) -> list[dict[str, Any]]:
+    """Give the messages of one question about one picture."""
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+def first_line(reply: str) -> str:
+    """Give the first line of a reply that is not empty."""
+    return next((line.strip() for line in reply.splitlines() if line.strip()), "")

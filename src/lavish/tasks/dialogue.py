@@ -1,0 +1,98 @@
+"""Losses on held-out data: `dialogue`, and of instruction data `image_text_pretrain`.
+
+Source: salesforce/LAVIS, lavis/tasks/dialogue.py. Traps there: the mean of each process's own batches is reported, and
+the best checkpoint is taken for the highest loss. Here losses are those of single samples, merged over all processes,
+and lower is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lavish.common import dist
+from lavish.common.errors import DataError
+from lavish.tasks.metrics.language import perplexity
+from lavish.tasks.metrics.measure import mean_of
+from lavish.tasks.scored_task import ScoredTask, Scores, plain
+
+IGNORE = (-1, -100)
+"""Labels that are not learnt: of the AVSD recipe, and of all others."""
+
+
+class LossTask(ScoredTask):
+    """`agg_metrics` is the mean loss over samples; `perplexity` weighs their label tokens, where a batch has labels."""
+
+    higher_is_better = False
+
+    def valid_step(self, model: nn.Module, samples: dict[str, Any]) -> list[Any]:
+        """Give the loss of each sample; of the whole batch where it cannot be taken apart."""
+        results = []
+        for row in rows_of(samples):
+            output = model(row)
+            result = {name: float(value) for name, value in output.items() if "loss" in name and value is not None}
+            ids = row.get(self.inst_id_key)
+            result[self.inst_id_key] = None if ids is None else ",".join(str(plain(one)) for one in ids)
+            result["num_samples"] = num_samples(row)
+            labels = row.get("labels")
+            if isinstance(labels, torch.Tensor):
+                result["num_tokens"] = int(torch.isin(labels, labels.new_tensor(IGNORE), invert=True).sum())
+            results.append(result)
+        return results
+
+    def after_evaluation(
+        self, val_result: Any = None, split_name: str = "", epoch: Any = None, **kwargs: Any
+    ) -> dict[str, Any] | None:
+        """Merge the losses of all processes; those of sets without ids are all kept."""
+        results = [dict(one) for one in val_result or []]
+        if any(one[self.inst_id_key] is None for one in results):
+            for at, one in enumerate(results):
+                one[self.inst_id_key] = f"process {dist.rank()}, {at}"
+        return super().after_evaluation(results, split_name, epoch, **kwargs)
+
+    def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:
+        """Give the mean loss, and the perplexity of the language model's part."""
+        spread = [one for one in results for _ in range(one["num_samples"])]
+        measures = {"loss": mean_of([one["loss"] for one in spread], higher_is_better=False)}
+        if all("num_tokens" in one for one in results) and any(one["num_tokens"] for one in results):
+            losses = [one.get("lm_loss", one["loss"]) for one in results]
+            measures["perplexity"] = perplexity(losses, [one["num_tokens"] for one in results])
+        return Scores(measures, measures["loss"].value, "loss", [None] * len(results))
+
+
+class DialogueTask(LossTask):
+    """`dialogue`: losses of dialogues about videos."""
+
+
+def rows_of(samples: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Take a batch apart into batches of one; what does not have one entry a sample leaves it whole."""
+    if "conversations" in samples:  # whose pictures are all in one tensor, any number for each
+        return [dict(samples)]
+    lengths = {len(value) for value in samples.values() if isinstance(value, list) or _has_rows(value)}
+    if len(lengths) != 1:
+        return [dict(samples)]
+    return [
+        {
+            name: value[at : at + 1] if isinstance(value, list) or _has_rows(value) else value
+            for name, value in samples.items()
+        }
+        for at in range(lengths.pop())
+    ]
+
+
+def num_samples(samples: Mapping[str, Any]) -> int:
+    """Give how many samples a batch holds: the length of its lists, else of its tensors.
+
+    Raises:
+        DataError: it has neither.
+    """
+    for value in (*(one for one in samples.values() if isinstance(one, list)), *filter(_has_rows, samples.values())):
+        return len(value)
+    raise DataError(f"A batch holds lists or tensors; this one has {', '.join(map(str, samples)) or 'nothing'}.")
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
