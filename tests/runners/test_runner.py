@@ -158,7 +158,7 @@ def test_order_depends_on_the_seed(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     runner(config(tmp_path)).train()
-    with pytest.raises(CheckpointError, match=r"another optimizer than the recipe's 'adamw'"):
+    with pytest.raises(CheckpointError, match=r"another optimizer .*the recipe's is 'adamw'"):
         runner(config(tmp_path, optimizer="adamw")).train()
 
 

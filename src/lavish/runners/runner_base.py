@@ -1,31 +1,56 @@
-"""The plain training loop with exact resume. `RunnerBase` counts epochs, `RunnerIter` steps.
+"""The training loop with exact resume. `RunnerBase` counts epochs, `RunnerIter` steps.
 
-One process on one device is the default. Under torchrun the forward passes of a step (`accum_grad_iters` of them) are
-shared out among the processes and their gradients added up, so that the result is that of one process up to rounding.
+One process on one device is the default. Under torchrun the forward passes of a step are shared out among the
+processes, or each makes its own (`run.batch_per_process`, as in LAVIS); what exchanges gradients is an engine's
+(`engines.py`).
 
 What a step computes belongs to the task; what the data is, to the dataset. Sample order is a function of (seed, epoch)
 alone, and the random states are part of a checkpoint, so a run that was killed continues as if it had not been.
+
+Source of names and order: salesforce/LAVIS, lavis/runners/runner_base.py. Unlike there, leftover forward passes of an
+epoch make a step of their own, what is logged is the model's own loss, the best checkpoint follows the task's direction
+and may have any sign, and all of it runs without CUDA.
 """
+
+from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lavish.checkpoints.placement import resolve_device
+from lavish.common import config as configs
 from lavish.common import dist
-from lavish.common.errors import CheckpointError, ConfigError, TrainingError
+from lavish.common.errors import ConfigError, TrainingError
+from lavish.common.registry import registry
+from lavish.datasets.datasets.base_dataset import ConcatDataset
+from lavish.runners import pth
+from lavish.runners.average import WeightAverage
+from lavish.runners.engines import build_engine
 from lavish.runners.optim import build_optimizer, build_schedule
-from lavish.runners.run_folder import RunFolder
-from lavish.runners.schema import RunConfig
-from lavish.tasks.base_task import BaseTask, TrainingData, read_losses
+from lavish.runners.order import (
+    GroupedEpochs,
+    Order,
+    Passes,
+    SeededSamples,
+    ShuffledEpochs,
+    own_randomness,
+)
+from lavish.runners.run_folder import RunFolder, read_checkpoint
+from lavish.runners.schema import RunConfig, lavis_run_config
+from lavish.tasks.base_task import BaseTask, TrainingData, read_losses, to_device
 
 Progress = Callable[[int, int, dict[str, float]], None]
+
+BAD_BATCH_FILE, RESULT_DIR = "bad_batch.json", "result"
+ID_KEYS = ("instance_id", "image_id", "question_id", "sample_id", "id")
 
 
 def micro_batches(span: range, batch_size: int) -> list[range]:
@@ -33,65 +58,55 @@ def micro_batches(span: range, batch_size: int) -> list[range]:
     return [span[start : start + batch_size] for start in range(0, len(span), batch_size)]
 
 
-class _ShuffledEpochs(Sampler[list[int]]):
-    """Sample indices of each forward pass: positions in an endless stream of epochs, each shuffled by (seed, epoch)."""
-
-    def __init__(self, num_samples: int, seed: int, passes: Iterable[range]):
-        self.num_samples, self.seed, self.passes = num_samples, seed, passes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
-        for positions in self.passes:
-            indices = []
-            for position in positions:
-                if position // self.num_samples != epoch:
-                    epoch = position // self.num_samples
-                    generator = torch.Generator().manual_seed(self.seed + epoch)
-                    order = torch.randperm(self.num_samples, generator=generator)
-                indices.append(int(order[position % self.num_samples]))
-            yield indices
-
-
 class RunnerBase:
-    """Train a module on `datasets["train"]` with the task's step, in epochs that take every sample once.
+    """Train a module on the training splits with the task's step, in epochs that take every sample once.
 
     Args:
-        run: the typed run config.
-        task: gives the step, `train_step(model, samples) -> {"loss": tensor, ...}`.
+        cfg: the merged `Config` of a LAVIS recipe, or the typed run config.
+        task: gives the step, `train_step(model, samples)`, and scores the other splits.
         model: the module to train.
-        datasets: by split.
+        datasets: by name and split, as `task.build_datasets` gives them, or by split.
+        job_id: a folder below run.output_dir for this run; LAVIS's scripts give the time. Without it a killed run goes
+            on in run.output_dir.
         progress: called after each step with (steps done, steps of the run, losses of the step).
 
     Raises:
-        ConfigError: no training data, nothing trainable, or no such device.
+        ConfigError: no training data, nothing trainable, no such device, or another run in the folder.
     """
+
+    counts_epochs = True
 
     def __init__(
         self,
-        run: RunConfig,
+        cfg: Any,
         task: BaseTask,
         model: nn.Module,
-        datasets: dict[str, TrainingData],
+        datasets: Mapping[str, Any],
+        job_id: str | None = None,
         progress: Progress | None = None,
     ):
-        if "train" not in datasets:
-            raise ConfigError(f"The recipe's datasets give the splits {sorted(datasets)}, but training needs 'train'.")
-        if not len(datasets["train"]):
-            raise ConfigError("The split 'train' of the recipe's datasets has no samples.")
-        if run.accum_grad_iters % dist.world_size():
-            raise ConfigError(
-                f"{dist.world_size()} processes share the {run.accum_grad_iters} forward passes of a step. Set "
-                "run.accum_grad_iters to a multiple of the processes; run.batch_size_train is the samples of one pass."
-            )
-        self.run, self.task, self.dataset = run, task, datasets["train"]
+        self.config = None if isinstance(cfg, RunConfig) else cfg
+        self.run: RunConfig = cfg if isinstance(cfg, RunConfig) else lavis_run_config(cfg, type(task))
+        run = self.run
+        self.task, self.datasets, self.progress = task, by_name(datasets), progress
+        self.parts = self._training_sets()
+        self.dataset: TrainingData = self._joined()
+        _check_processes(run)
         self.device = resolve_device(run.device)
         dist.start(self.device.type)
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
-        self.model = model.to(self.device)
-        self.folder = RunFolder(run.output_dir)
+        path = Path(run.output_dir) if job_id is None else Path(run.output_dir) / str(job_id)
+        self.folder = RunFolder(path)
+        if self.config is not None:
+            registry.register_path("output_dir", path, replace=True)
+            registry.register_path("result_dir", path / RESULT_DIR, replace=True)
+        self.model = model
+        self.engine = build_engine(run, self.device)
+        self.called = self.engine.prepare(model)
+        """The module as it is called: the model itself, or the engine's wrapper of it."""
         self.optimizer = build_optimizer(self.model, run)
-        self.progress = progress
+        self.average = WeightAverage(self.model, run.ema_decay) if run.ema_decay else None
         self.step = 0
         self.seconds = 0.0
         """Wall time up to the newest checkpoint, over all processes of the run."""
@@ -100,10 +115,36 @@ class RunnerBase:
 
     # -- how many, and which samples
 
+    def _training_sets(self) -> dict[str, TrainingData]:
+        """Give the training data by data set."""
+        found = {
+            (name if len(self.run.train_splits) == 1 else f"{name}.{split}"): splits[split]
+            for name, splits in self.datasets.items()
+            for split in self.run.train_splits
+            if split in splits
+        }
+        splits = sorted({split for one in self.datasets.values() for split in one})
+        wanted = " and ".join(map(repr, self.run.train_splits))
+        if not found and not self.run.evaluate:
+            raise ConfigError(f"The recipe's datasets give the splits {splits}, but training needs {wanted}.")
+        for name, dataset in found.items():
+            if isinstance(dataset, IterableDataset):
+                raise ConfigError(
+                    f"datasets.{name} is a stream, which cannot be resumed exactly; save its samples into files."
+                )
+            if not len(dataset):
+                raise ConfigError(f"The split {wanted} of datasets.{name} has no samples.")
+        return found
+
+    def _joined(self) -> TrainingData:
+        parts = list(self.parts.values())
+        return parts[0] if len(parts) == 1 else cast(TrainingData, ConcatDataset(cast(Any, parts)))
+
     @property
     def samples_per_step(self) -> int:
-        """Samples of a full optimizer step."""
-        return self.run.batch_size_train * self.run.accum_grad_iters
+        """Samples of a full optimizer step, over all processes."""
+        own = self.run.batch_size_train * self.run.accum_grad_iters
+        return own * dist.world_size() if self.run.batch_per_process else own
 
     @property
     def steps_per_epoch(self) -> int:
@@ -117,8 +158,8 @@ class RunnerBase:
 
     @property
     def save_every(self) -> int:
-        """Steps between two checkpoints."""
-        return self.run.save_freq * self.steps_per_epoch
+        """Steps between two checkpoints; a run of a LAVIS recipe makes one each epoch, and `.pth` files besides."""
+        return self.steps_per_epoch if self.config is not None else self.run.save_freq * self.steps_per_epoch
 
     @property
     def num_samples(self) -> int:
@@ -141,6 +182,22 @@ class RunnerBase:
         own = [(part, len(part) / len(span)) for part in parts[dist.rank() :: dist.world_size()]]
         return own or [(parts[0], 0.0)]
 
+    def order(self) -> Order:
+        """Say which sample stands at which position."""
+        if self.run.train_dataset_ratios is not None:
+            raise ConfigError("run.train_dataset_ratios is of run.runner runner_iter; epochs take every sample once.")
+        if not self.run.group_by_length:
+            return ShuffledEpochs(len(self.dataset), self.run.seed)
+        return GroupedEpochs(self._lengths(), self.run.seed, self.samples_per_step)
+
+    def _lengths(self) -> list[int]:
+        lengths: list[int] = []
+        for name, part in self.parts.items():
+            if not hasattr(part, "lengths"):  # only some data sets know lengths before they make a sample
+                raise ConfigError(f"run.group_by_length: datasets.{name} does not tell the lengths of its samples.")
+            lengths += list(cast(Any, part).lengths)
+        return lengths
+
     # -- the loop
 
     def train(self) -> None:
@@ -148,16 +205,30 @@ class RunnerBase:
 
         Raises:
             ConfigError: a schedule that does not fit the run.
-            CheckpointError: the newest checkpoint is damaged, or of another model or optimizer.
+            CheckpointError: every checkpoint is damaged, or the newest is of another model or optimizer.
+            TrainingError: the loss or its gradients are no numbers any more, or memory does not suffice.
         """
+        with ExitStack() as stack:
+            if dist.is_main():
+                stack.enter_context(self.folder.locked())
+            dist.wait_for_all()
+            if self.run.evaluate:
+                self.evaluate(cur_epoch="eval")
+                return
+            self._train()
+
+    def _train(self) -> None:
         set_rates = build_schedule(self.optimizer, self.run, self.num_steps, self.steps_per_epoch)
-        state = self.folder.load_latest(self.model, self.device)
+        state = self._load()
         dist.wait_for_all()  # before the first of them writes
         sums = self._resume(state)
-        step_module = cast(nn.Module, torch.compile(self.model)) if self.run.compile else self.model
+        self.task.before_training(model=self.model, dataset=self.datasets)
+        step_module = cast(nn.Module, torch.compile(self.called)) if self.run.compile else self.called
         batches = self._batches()
         if state is not None:  # not earlier: making the loader draws from torch's generator
             self._restore_random_states(state)
+            self._after_epoch()  # a validation that the run was killed in
+        self.model.train()
         started, cpu_started = time.perf_counter(), time.process_time()
         while self.step < self.num_steps:
             lr = set_rates(self.step)
@@ -177,68 +248,229 @@ class RunnerBase:
                 self.seconds += now - started
                 self.cpu_seconds += dist.total(cpu_now - cpu_started)
                 started, cpu_started = now, cpu_now
-                if dist.is_main():
-                    self._save(sums)
-                dist.wait_for_all()
-        if dist.is_main():
-            self.folder.plot()
+                self._save(sums)
+            self._after_epoch()
+        self._finish()
 
-    def _train_step(self, model: nn.Module, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+    def _train_step(self, model: nn.Module, batches: Iterator[tuple[list[int], dict[str, Any]]]) -> dict[str, float]:
         """Make one optimizer step; give the losses as means over its samples."""
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.run.amp else nullcontext()
         sums: dict[str, float] = {}
+        seen: list[tuple[list[int], dict[str, Any]]] = []
         if dist.world_size() > 1:  # noise of its own for each process, the same after a resume
             torch.manual_seed((self.run.seed * 1_000_003 + self.step) * dist.world_size() + dist.rank())
-        for _, share in self.passes(self.step):
-            samples = {key: self._to_device(value) for key, value in next(batches).items()}
-            with autocast:
-                losses = read_losses(self.task.train_step(model, samples))
-            (losses["loss"] * share).backward()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
+        passes = self.passes(self.step)
+        with _memory_advice(self.run):
+            for number, (_, share) in enumerate(passes):
+                indices, samples = next(batches)
+                seen.append((indices, samples))
+                with self.engine.accumulate(self.called, is_last=number == len(passes) - 1):
+                    losses = self._forward(model, samples)
+                    self.engine.backward(losses["loss"] * (share * self.engine.loss_scale))
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
         self._add_up(sums)
         if self.run.max_grad_norm > 0:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm)
-            sums["grad_norm"] = float(norm)
-        self._check_finite(sums)
+            sums["grad_norm"] = self.engine.clip(self.model, self.run.max_grad_norm)
+        self._check_finite(sums, seen)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
         return sums
 
-    def _check_finite(self, losses: dict[str, float]) -> None:
+    def _forward(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16) if self.run.amp else nullcontext():
+            return read_losses(self.task.train_step(model, to_device(samples, self.device)))
+
+    def _check_finite(self, losses: dict[str, float], seen: list[tuple[list[int], dict[str, Any]]]) -> None:
         """Stop a run whose loss or gradients are no numbers any more, before weights or checkpoints take them over."""
         for name in ("loss", "grad_norm"):
             value = losses.get(name, 0.0)
             if not math.isfinite(value):
+                gathered = [batch for part in dist.gather([_ids(*batch) for batch in seen]) for batch in part]
+                path = self.folder.path / BAD_BATCH_FILE
+                if dist.is_main():
+                    configs.write_json({"step": self.step + 1, name: str(value), "passes": gathered}, path)
                 raise TrainingError(
                     f"{self.folder.path}: {name} is {value} at step {self.step + 1} of {self.num_steps}: the run "
                     "diverged. The last checkpoint before it is kept. Lower the learning rate, set run.max_grad_norm, "
-                    "or set run.amp=false, and start with another run.output_dir."
+                    f"or set run.amp=false, and start with another run.output_dir. Its samples: {path}."
                 )
 
     def _add_up(self, sums: dict[str, float]) -> None:
-        """Add up gradients and losses over the processes of the run."""
-        if dist.world_size() == 1:
-            return
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
-        losses = torch.tensor(list(sums.values()), device=self.device)
-        dist.add_up([*gradients, losses])
-        sums.update(zip(sums, losses.tolist(), strict=True))
+        """Add up the losses over the processes of the run."""
+        if dist.world_size() > 1:
+            losses = torch.tensor(list(sums.values()), device=self.device)
+            dist.add_up([losses])
+            sums.update(zip(sums, losses.tolist(), strict=True))
 
-    def _to_device(self, value: Any) -> Any:
-        return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-    def _batches(self) -> Iterator[dict[str, Any]]:
+    def _batches(self) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        samples = SeededSamples(self.dataset, self.run.seed)
         passes = (part for step in range(self.step, self.num_steps) for part, _ in self.passes(step))
         loader = DataLoader(
-            cast(Dataset[Any], self.dataset),
-            batch_sampler=_ShuffledEpochs(len(self.dataset), self.run.seed, passes),
+            cast(Dataset[Any], samples),
+            batch_sampler=cast(Any, Passes(self.order(), passes)),
             num_workers=self.run.num_workers,
-            collate_fn=self.dataset.collater,
+            collate_fn=samples.collate,
             pin_memory=self.device.type == "cuda",
         )
         return iter(loader)
+
+    # -- after an epoch: validation and LAVIS's files
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that the newest step was in, from 0."""
+        return max(self.step - 1, 0) // self.steps_per_epoch
+
+    @property
+    def split_names(self) -> list[str]:
+        """The splits that are scored during training."""
+        return list(self.run.valid_splits)
+
+    def _after_epoch(self) -> None:
+        """Score and write what is due where an epoch ends, if it has not been done."""
+        if self.config is None or self.step == 0 or self.step % self.steps_per_epoch:
+            return
+        is_last = self.step == self.num_steps
+        done = {(line["step"], line["split"]) for line in self.folder.read_validations()}
+        if dist.world_size() > 1:
+            done = dist.on_main(lambda: done)
+        if self.run.valid_splits and ((self.epoch + 1) % self.run.val_freq == 0 or is_last):
+            for split in self.split_names:
+                if (self.step, split) not in done:
+                    self._validate(split)
+        if not self.run.valid_splits or self.epoch % self.run.save_freq == 0:
+            self._write_pth(str(self.epoch))
+        if is_last and self.run.save_last:
+            self._write_pth("last")
+        self._write_lavis_log()
+        self.model.train()
+
+    def _validate(self, split: str) -> None:
+        with self._averaged():
+            metrics = self.eval_epoch(split, self.epoch)
+        aggregate = None if metrics is None else metrics.get("agg_metrics")
+        line = {"step": self.step, "epoch": self.epoch, "split": split, "agg_metrics": aggregate, "metrics": metrics}
+        is_best = dist.on_main(lambda: self._is_best(split, aggregate))
+        if is_best:
+            self._write_pth("best")
+        if dist.is_main():
+            self.folder.log_validation(line)
+        dist.wait_for_all()
+
+    def _is_best(self, split: str, aggregate: float | None) -> bool:
+        deciding = "val" if "val" in self.run.valid_splits else self.run.valid_splits[0]
+        if split != deciding or aggregate is None:
+            return False
+        before = [line["agg_metrics"] for line in self.folder.read_validations() if line["split"] == split]
+        before = [value for value in before if value is not None]
+        if not before:
+            return True
+        return aggregate > max(before) if self.task.higher_is_better else aggregate < min(before)
+
+    def eval_epoch(self, split_name: str, cur_epoch: Any) -> dict[str, Any] | None:
+        """Score a split with the model as it is; each sample in one process, and the metrics equal in all.
+
+        Raises:
+            ConfigError: no data set has the split.
+        """
+        dataset = self._split(split_name)
+        indices = range(len(dataset))
+        own = indices[dist.rank() :: dist.world_size()] if self.run.use_dist_eval_sampler else indices
+        loader = DataLoader(
+            Subset(dataset, own),
+            batch_size=self.run.batch_size_eval,
+            num_workers=self.run.num_workers,
+            collate_fn=dataset.collater,
+        )
+        was_training = self.model.training
+        self.model.eval()
+        with own_randomness(self.run.seed), torch.no_grad():
+            self.task.before_evaluation(model=self.model, dataset=dataset)
+            results = self.task.evaluation(self.model, loader)
+            metrics = self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
+        self.model.train(was_training)
+        return metrics
+
+    def _split(self, name: str) -> Any:
+        found = {dataset: splits[name] for dataset, splits in self.datasets.items() if name in splits}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        has = sorted({split for splits in self.datasets.values() for split in splits})
+        why = f"{' and '.join(found)} have one each" if found else f"the splits are {', '.join(has)}"
+        raise ConfigError(f"One data set of the recipe gives the split {name!r} that is to be scored; {why}.")
+
+    def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> dict[str, dict[str, Any]]:
+        """Score `run.test_splits`; with `cur_epoch` "best" with the best weights, if there are any."""
+        if cur_epoch == "best" and not skip_reload and (best := self.folder.path / "checkpoint_best.pth").is_file():
+            pth.load_weights(best, self.model, self.engine)
+        scores = {}
+        for split in self.run.test_splits:
+            metrics = self.eval_epoch(split, cur_epoch)
+            scores[split] = metrics or {}
+            if dist.is_main():
+                aggregate = scores[split].get("agg_metrics")
+                line = {"step": self.step, "epoch": cur_epoch, "split": split, "agg_metrics": aggregate}
+                self.folder.log_validation({**line, "metrics": metrics})
+        return scores
+
+    def _finish(self) -> None:
+        """Leave the averaged weights in the model, score the test splits, draw the losses."""
+        if self.average is not None:
+            self.average.put_in()
+        if self.config is not None and self.run.test_splits:
+            done = {line["split"] for line in self.folder.read_validations() if line["epoch"] == "best"}
+            if not dist.on_main(lambda: done.issuperset(self.run.test_splits)):
+                last = {name: tensor.detach().clone() for name, tensor in self._trained().items()}
+                self.evaluate(cur_epoch="best" if self.run.valid_splits else self.epoch)
+                for name, tensor in self._trained().items():
+                    tensor.data.copy_(last[name])
+            if dist.is_main():
+                self._write_lavis_log()
+        if dist.is_main():
+            self.folder.plot()
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Score with the averaged weights, where they are kept."""
+        if self.average is None:
+            yield
+            return
+        with self.average.in_place():
+            yield
+
+    def _write_pth(self, name: str) -> None:
+        """Write LAVIS's `checkpoint_<name>.pth`; all processes call it."""
+        path = self.folder.path / f"checkpoint_{name}.pth"
+        with self._averaged() if name in ("best", "last") else nullcontext():
+            tensors = pth.gather(self.model, self.engine)
+        if dist.is_main():
+            unit = {"epoch": self.epoch} if self.counts_epochs else {"iters": self.step}
+            state = self._state({}) | {"samples_per_step": self.samples_per_step}
+            optimizer = None if self.engine.shares_weights else self.optimizer.state_dict()
+            config = self.config.to_dict() if self.config is not None else vars(self.run)
+            with self.folder.room_for(path.name, path.with_suffix(".partial")):
+                pth.write(path, tensors, optimizer, config, unit, state)
+        dist.wait_for_all()
+
+    def _write_lavis_log(self) -> None:
+        """Write `log.txt` as LAVIS has it: the config, then a JSON line for each epoch and each score."""
+        if self.config is None or not dist.is_main():
+            return
+        ends: dict[int, dict[str, Any]] = {}
+        for line in self.folder.read_log():
+            epoch = (line["step"] - 1) // self.steps_per_epoch
+            named = {f"train_{name}": value for name, value in line.items() if "loss" in name or name == "lr"}
+            ends[epoch] = {"epoch": epoch, **named}
+        lines: list[Any] = [self.config.to_dict(), *(ends[epoch] for epoch in sorted(ends))]
+        for scored in self.folder.read_validations():
+            metrics = {f"{scored['split']}_{key}": value for key, value in (scored["metrics"] or {}).items()}
+            lines.append({"epoch": scored["epoch"], **metrics})
+        self.folder.write_lines("log.txt", lines)
 
     # -- log, checkpoints, resume
 
@@ -247,31 +479,55 @@ class RunnerBase:
         means = {name: value / num_steps for name, value in sums.items()}
         self.folder.log({"step": self.step, "lr": lr, "lr_scale": lr / self.run.init_lr, **means})
 
+    def _load(self) -> dict[str, Any] | None:
+        """Take over the newest checkpoint of the folder, else the one that the recipe names; give its state."""
+
+        def read(folder: Path, state: dict[str, Any]) -> None:
+            self.engine.load(folder, self.model, self.optimizer, state)
+
+        state = self.folder.load_latest(read, self.device)
+        if state is not None or not self.run.resume_ckpt_path:
+            return state
+        path = Path(self.run.resume_ckpt_path)
+        if path.is_dir():
+            return read_checkpoint(path, read, self.device)
+        return pth.resume(path, self.model, self.optimizer, self.engine)
+
     def _resume(self, state: dict[str, Any] | None) -> dict[str, float]:
         """Take over a checkpoint's state; give the sums of the losses since the last line of the log."""
         if dist.is_main():
             self.folder.cut_log(state["step"] if state else 0)
         if state is None:
+            if self.average is not None:
+                self.average.start()
             return {}
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{self.folder.path}: its newest checkpoint is of another optimizer than the recipe's "
-                f"{self.run.optimizer!r} ({error}). Use another run.output_dir, or delete the folder to start anew."
-            ) from error
+        saved = state.get("samples_per_step", self.samples_per_step)  # absent from checkpoints of version 0.1
+        if saved != self.samples_per_step:
+            raise ConfigError(
+                f"{self.folder.path}: its checkpoint was made with {saved} samples a step, and now they are "
+                f"{self.samples_per_step} (batch_size_train {self.run.batch_size_train} x accum_grad_iters "
+                f"{self.run.accum_grad_iters}{f' x {dist.world_size()} processes' * self.run.batch_per_process}). "
+                f"Set run.accum_grad_iters={self._passes_for(saved)} to go on, or start in another run.output_dir."
+            )
         self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
+        if self.average is not None:
+            self.average.load(state.get("average"), self.engine)
         return state["log_sums"]
+
+    def _passes_for(self, samples_per_step: int) -> str:
+        processes = dist.world_size() if self.run.batch_per_process else 1
+        own = self.run.batch_size_train * processes
+        return str(samples_per_step // own) if samples_per_step % own == 0 else f"{samples_per_step}/{own}"
 
     def _restore_random_states(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["torch_rng_state"].cpu())
         if self.device.type == "cuda" and "cuda_rng_state" in state:
             torch.cuda.set_rng_state(state["cuda_rng_state"].cpu())
 
-    def _save(self, sums: dict[str, float]) -> None:
-        state = {
-            "optimizer": self.optimizer.state_dict(),
+    def _state(self, sums: dict[str, float]) -> dict[str, Any]:
+        state: dict[str, Any] = {
             "step": self.step,
+            "samples_per_step": self.samples_per_step,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "log_sums": sums,
@@ -279,4 +535,69 @@ class RunnerBase:
         }
         if self.device.type == "cuda":
             state["cuda_rng_state"] = torch.cuda.get_rng_state()
-        self.folder.save(self.step, self.model, state)
+        return state
+
+    def _save(self, sums: dict[str, float]) -> None:
+        state = self._state(sums)
+        if self.average is not None:
+            state["average"] = self.average.state(self.engine)
+        self.folder.save(self.step, lambda folder: self.engine.save(folder, self.model, self.optimizer), state)
+        dist.wait_for_all()
+
+
+def by_name(datasets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Give datasets by name and split; those that are given by split alone are one data set."""
+    if all(isinstance(splits, Mapping) for splits in datasets.values()):
+        return {str(name): dict(splits) for name, splits in datasets.items()}
+    return {"data": dict(datasets)}
+
+
+def _check_processes(run: RunConfig) -> None:
+    if not run.batch_per_process and run.accum_grad_iters % dist.world_size():
+        raise ConfigError(
+            f"{dist.world_size()} processes share the {run.accum_grad_iters} forward passes of a step. Set "
+            "run.accum_grad_iters to a multiple of the processes; run.batch_size_train is the samples of one pass. Or "
+            "set run.batch_per_process=true: each makes as many passes."
+        )
+    if run.distributed is False and dist.world_size() > 1:
+        raise ConfigError(f"run.distributed is false, and torchrun started {dist.world_size()} processes.")
+    if run.distributed and dist.world_size() > 1 and run.world_size not in (None, 1, dist.world_size()):
+        raise ConfigError(f"run.world_size is {run.world_size}, and torchrun started {dist.world_size()} processes.")
+
+
+def _ids(indices: list[int], samples: dict[str, Any]) -> dict[str, Any]:
+    """Give what names the samples of a batch: their indices, and the ids that they carry."""
+    found: dict[str, Any] = {"index": indices}
+    for key in ID_KEYS:
+        if key in samples:
+            value = samples[key]
+            found[key] = value.tolist() if isinstance(value, torch.Tensor) else [str(one) for one in value]
+    return found
+
+
+@contextmanager
+def _memory_advice(run: RunConfig) -> Iterator[None]:
+    """Say which key takes less memory where there is too little.
+
+    Raises:
+        TrainingError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on CPU it is a plain one
+        is_memory = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+        if not is_memory:
+            raise
+        knobs = [
+            f"run.batch_size_train={max(run.batch_size_train // 2, 1)} with "
+            f"run.accum_grad_iters={run.accum_grad_iters * 2} (the same step)"
+            if run.batch_size_train > 1
+            else "",
+            "" if run.activation_checkpointing else "run.activation_checkpointing=true",
+            "" if run.amp else "run.amp=true",
+            "" if run.engine == "fsdp2" else "run.engine=fsdp2 with several processes",
+        ]
+        raise TrainingError(
+            f"Out of memory with run.batch_size_train={run.batch_size_train}: {str(error).splitlines()[0]} Turn, in "
+            f"this order: {'; '.join(knob for knob in knobs if knob)}."
+        ) from error

@@ -1,9 +1,18 @@
 """The typed `run:` section of a recipe. Key names are those of LAVIS; what a key means stands under it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from lavish.common import config as configs
 from lavish.common.errors import ConfigError
+
+LAVIS_DEFAULTS: dict[str, Any] = {
+    "runner": "runner_base",
+    "batch_per_process": True,
+    "max_grad_norm": 0.0,
+    "save_freq": 5,
+}
+"""Where a recipe of LAVIS means something else than a recipe with stages by a key that it leaves out."""
 
 _AT_LEAST_ONE = (
     "max_epoch",
@@ -182,3 +191,20 @@ class RunConfig:
             raise ConfigError(f"dist_url is {self.dist_url!r}; torchrun tells processes how they meet: env://.")
         if self.grad_norm_clip is not None:
             self.max_grad_norm = self.grad_norm_clip
+
+
+def lavis_run_config(cfg: Any, task_class: type) -> RunConfig:
+    """Give the typed `run:` section of a LAVIS recipe, all of whose keys are known here or to the task.
+
+    Args:
+        cfg: the merged `lavish.common.config.Config`.
+        task_class: a task of one's own may name more keys in `run_keys`.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value; says which layer it is from.
+    """
+    section = cfg.run_cfg
+    own = getattr(task_class, "run_keys", ())  # a task written for LAVIS has none
+    known = {key: value for key, value in section.items() if key not in own}
+    layers = [configs.label(LAVIS_DEFAULTS, "LAVIS's defaults"), configs.label(known, "the recipe")]
+    return configs.check(configs.merge(*layers), RunConfig, "run")
