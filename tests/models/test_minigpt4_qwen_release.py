@@ -9,8 +9,10 @@ import torch
 from minigpt4_qwen_fixture import CHECKPOINT, HEADS, PIECES, TRAINED, chats, own_network, shared_network, side_by_side
 from safetensors.torch import load_file, save_file
 from tolerance import ADAPTER_SHOWS, MERGED_ADAPTER, close
+from zero_files import write_zero
 
 import lavish
+import lavish.models as table
 from lavish.checkpoints import lavis
 from lavish.checkpoints.loading import rearrange
 from lavish.checkpoints.rules import plan, reverse
@@ -23,6 +25,7 @@ from lavish.common.errors import (
     UnknownLayout,
     UnsafeCheckpoint,
 )
+from lavish.inference.load import find_composite
 from lavish.models.minigpt4_qwen.weights import RULES, open_release, read_trained
 
 BESIDE = {"optimizer": {"state": {}}, "scaler": None, "epoch": 9, "config": {"run": {"lr": 1e-4}}}
@@ -275,12 +278,23 @@ def test_wrong_pieces(tmp_path):
         read_trained(save(tmp_path / "run/layer_00-model_states.pt", {"weight": torch.ones(1)}).parent)
 
 
-def test_a_zero_3_run_says_what_to_do(tmp_path):
-    """Trap 12: its weights lie in slices."""
-    save(tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt", {"module": {}})
-    with pytest.raises(CheckpointError, match=r"ZeRO 3.*zero_to_fp32\.py"):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_zero_run_is_put_together(tmp_path, stage):
+    """Trap 12: the release's converter cannot read ZeRO 3, whose weights lie in slices; the frozen ones too."""
+    frozen = {name: tensor for name, tensor in stored(PIECES["blip2"]).items() if "ln_vision" in name}
+    names = tuple(frozen)
+    folder = write_zero(tmp_path / "run", {**projection(), **frozen}, stage=stage, frozen=names, dtype=torch.float32)
+    for path in (folder, folder / "global_step2"):
+        assert set(read_trained(path)) == {*projection(), *frozen}
+        assert_same(load(path).model)
+        assert table.detect_composite(path, ()) is None
+        assert find_composite(path, ()).name == "minigpt4_qwen"
+
+
+def test_a_run_without_weights_says_so(tmp_path):
+    with pytest.raises(UnknownLayout, match="no trained weights"):
         read_trained(tmp_path)
-    with pytest.raises(CheckpointError, match="no weights under 'module'"):
+    with pytest.raises(CheckpointError, match="no dict under 'module'"):
         read_trained(save(tmp_path / "mp_rank_00_model_states.pt", {"module": None}))
 
 

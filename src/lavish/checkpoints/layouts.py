@@ -1,5 +1,5 @@
-"""Which released layout a path is, and its config.json. Looks at names alone and opens no weights; torch is not
-imported.
+"""Which released layout a path is, and its config.json. Looks at names, and at a header where they do not tell; torch is
+not imported.
 """
 
 from __future__ import annotations
@@ -7,12 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lavish.checkpoints import deepspeed, hf, lavis, sat
+from lavish.checkpoints import deepspeed, hf, lavis, mindspore, sat
 from lavish.checkpoints.hf import INDEX_SUFFIX, WEIGHT_FILES
 from lavish.checkpoints.json_file import read_object
 from lavish.checkpoints.pickles import NEVER_OPENED
 from lavish.checkpoints.tensor_map import TensorMap
-from lavish.common.errors import UnknownLayout
+from lavish.common.errors import CheckpointError, UnknownLayout
 
 LAYOUTS = ("hf", "sat", "lavis", "mindspore", "vlm_learning", "deepspeed", "peft")
 """Hugging Face; SwissArmyTransformer (CogVLM); LAVIS, MiniGPT4-Qwen and MPP-LLaVA; MindSpore; VLM-learning (CLIP +
@@ -57,10 +57,10 @@ def _of_file(path: Path) -> str | None:
         return "peft"
     if path.name == PROJECTOR_FILE:
         return "vlm_learning"
+    if path.suffix == mindspore.SUFFIX or mindspore.is_mindspore(path):
+        return "mindspore"
     if path.name in WEIGHT_FILES or path.name.endswith((".safetensors", INDEX_SUFFIX)):
         return "hf"
-    if path.suffix == ".ckpt":
-        return "mindspore"
     if deepspeed.is_run(path):
         return "deepspeed" if sat.find_root(path) is None else "sat"
     is_weights = path.suffix in hf.PICKLE_SUFFIXES and not path.name.startswith(NEVER_OPENED)
@@ -82,7 +82,7 @@ def _of_folder(path: Path) -> str | None:
         return "deepspeed"
     if _has(path, f"*{lavis.SUFFIX}", "*/eva*.pth"):
         return "lavis"
-    if _has(path, "*.ckpt", "rank_*/*.ckpt"):
+    if _has(path, "*.ckpt", "rank_*/*.ckpt") or mindspore.is_mindspore(path):
         return "mindspore"
     return "hf" if "config.json" in names else None
 
@@ -91,19 +91,34 @@ def _has(folder: Path, *patterns: str) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
-def read_weights(path: str | Path) -> TensorMap:
+def config_folder(path: Path) -> Path:
+    """Give the folder in which the config.json of a path lies: the path itself, or, of a step or a file of DeepSpeed,
+    the one above that has it."""
+    if not deepspeed.is_run(path):
+        return path
+    above = (path, path.parent) if path.is_dir() else (path.parent, path.parent.parent)
+    return next((folder for folder in above if (folder / "config.json").is_file()), above[0])
+
+
+def read_weights(path: str | Path, *, allow_absent: bool = False) -> TensorMap:
     """Open the weights of a network that lavish or transformers saved, or that DeepSpeed saved in shards; none is read.
 
-    Of the shards the names of what held the network in training (`module.`, `network.`) are taken away.
+    Of DeepSpeed's the names of what held the network in training (`module.`, `network.`) are taken away.
+    `allow_absent`: as `hf.read`.
 
     Raises: as `hf.read` and `deepspeed.read`.
     """
     path = Path(path)
     has_weights = path.is_dir() and any((path / name).exists() for name in WEIGHT_FILES)
     if has_weights or not deepspeed.is_run(path):
-        return hf.read(path)
+        return hf.read(path, allow_absent=allow_absent)
     tensors = deepspeed.read(path)
     infos = tensors.infos
+    if lora := next((name for name in infos if name.startswith("base_model.model.") or ".lora_A." in name), None):
+        raise CheckpointError(
+            f"{path}: the shards of a network with a LoRA on it ({lora!r}). Give the folder in which the trainer put "
+            f"{ADAPTER_CONFIG}, and base=...; the base's weights in these shards are those that it was trained on."
+        )
     for prefix in ("module.", "network."):
         if all(name.startswith(prefix) for name in infos):
             infos = {name.removeprefix(prefix): info for name, info in infos.items()}

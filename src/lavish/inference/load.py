@@ -6,6 +6,7 @@ processor. No code of a checkpoint is run, and nothing is fetched unless a hub i
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections import Counter
@@ -14,15 +15,16 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lavish.models as table
-from lavish.checkpoints import hf, hub, lavis
+from lavish.checkpoints import deepspeed, hf, hub, lavis
 from lavish.checkpoints.json_file import read_optional_object
-from lavish.checkpoints.layouts import read_config_json
+from lavish.checkpoints.layouts import config_folder, read_config_json, read_weights
 from lavish.checkpoints.loading import load_into
 from lavish.checkpoints.placement import resolve_device, resolve_dtype
 from lavish.checkpoints.release import Release
@@ -122,7 +124,7 @@ def load(
             tokenizer,
             {**refused, "pack": pack is True},
         )
-    overrides = _overrides(config, rope)
+    overrides = read_overrides(config, rope)
     release = open_release(folder, overrides, pieces)
     if adapter is None and release.release is not None:
         adapter = release.release.adapter
@@ -275,6 +277,10 @@ class Opened:
                 where = self.release.tokenizer if tokenizer is None else hub.resolve(tokenizer)
                 tokenizer = self.release.load_tokenizer(where)
             return make.from_config(self.config, tokenizer)
+        if not (self.path / "config.json").is_file():  # DeepSpeed's shards: the caller gave the config
+            with TemporaryDirectory() as folder:
+                (Path(folder) / "config.json").write_text(json.dumps(self.config_dict), encoding="utf-8")
+                return make.from_pretrained(folder, tokenizer=self.path if tokenizer is None else tokenizer)
         processor = make.from_pretrained(self.path, tokenizer=tokenizer)
         return make.from_config(self.config, processor.tokenizer) if is_overridden else processor
 
@@ -309,8 +315,12 @@ def open_release(path: Path, overrides: dict[str, Any], pieces: Mapping[str, str
 
 
 def find_composite(path: Path, pieces: Iterable[str]) -> table.Family | None:
-    """Give the family of a release in pieces, or of a single `.pth` file; None where a config.json says what it is."""
+    """Give the family of a release in pieces, of a single `.pth` file, or of DeepSpeed's shards without a config.json;
+    None where a config.json says what it is, or nothing does."""
     family = table.detect_composite(path, pieces)
+    if family is None and deepspeed.is_run(path):
+        is_described = (config_folder(path) / "config.json").is_file()
+        return None if is_described else table.detect_by_keys(read_weights(path))
     file = _single_file(path) if family is None else None
     if file is not None:
         family = table.detect_by_keys(lavis.read(file))
@@ -335,16 +345,20 @@ def _single_file(path: Path) -> Path | None:
 def sample_family(path: Path, pieces: Iterable[str]) -> table.Family | None:
     """Give the family of a path if it is one of no chat networks."""
     family = find_composite(path, pieces)
-    if family is None and (path / "config.json").is_file():
-        fields = read_config_json(path)
+    if family is None and (config_folder(path) / "config.json").is_file():
+        fields = read_config_json(config_folder(path))
         family = next(
             (row for row in table.FAMILIES if row.opener and row.model_type == fields.get("model_type")), None
         )
     return family if family is not None and family.opener is not None else None
 
 
-def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Iterable[str]) -> Opened:
-    config_dict = read_config_json(folder)
+def _open_folder(path: Path, overrides: dict[str, Any], pieces: Iterable[str]) -> Opened:
+    folder = config_folder(path)
+    if deepspeed.is_run(path) and not (folder / "config.json").is_file():
+        config_dict, overrides = _config_of_shards(path, overrides), {}
+    else:
+        config_dict = read_config_json(folder)
     family = table.detect_family(config_dict, str(folder / "config.json"))
     _check_pieces(pieces, family, is_whole=True)
     _check_rope(overrides, family)
@@ -352,9 +366,23 @@ def _open_folder(folder: Path, overrides: dict[str, Any], pieces: Iterable[str])
     answering = folder / "generation_config.json"
     generation_config = read_optional_object(answering)
     sampling_defaults = read_sampling_defaults(generation_config, str(answering))
-    tensors = hf.read(folder)
+    tensors = read_weights(path)
     family.check_version(config, tensors, str(folder))
     return Opened(folder, config_dict, family, config, tensors, generation_config, sampling_defaults)
+
+
+def _config_of_shards(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Give the whole config of DeepSpeed's shards, which hold none.
+
+    Raises:
+        ConfigError: it was not given either.
+    """
+    if "architectures" in given or "model_type" in given:
+        return given
+    raise ConfigError(
+        f"{path}: DeepSpeed's shards hold no config. Put the network's config.json beside {deepspeed.LATEST!r}, or "
+        "give it: config=... (the file, or its fields with 'architectures')."
+    )
 
 
 def _check_pieces(pieces: Iterable[str], family: table.Family, *, is_whole: bool = False) -> None:
@@ -382,8 +410,12 @@ def _check_rope(overrides: Mapping[str, Any], family: table.Family) -> None:
         )
 
 
-def _overrides(config: Mapping[str, Any] | str | Path | None, rope: str | None) -> dict[str, Any]:
-    """Give the config fields that the caller replaces."""
+def read_overrides(config: Mapping[str, Any] | str | Path | None, rope: str | None = None) -> dict[str, Any]:
+    """Give the config fields that the caller replaces.
+
+    Raises:
+        ConfigError: a file that cannot be read, or no mapping.
+    """
     if isinstance(config, str | Path):
         check_path(config, "config")
         config = read_fields(Path(config))
@@ -449,7 +481,7 @@ def _load_samples(
     if given := [option for option, value in refused.items() if value not in (None, False)]:
         raise ConfigError(f"{path} is a model of the family {family.name!r}, which takes no {given[0]}=.")
     weight_dtype = resolve_dtype(dtype, torch.float32, device)
-    fields = _overrides(config, None)
+    fields = read_overrides(config)
     samples = family.open_samples(path, config=fields or None, tokenizer=tokenizer)
     return SampleModel(samples.to(device=device, dtype=weight_dtype).eval(), name=str(name))
 

@@ -14,7 +14,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lavish.checkpoints import hf, hub, sat
+from lavish.checkpoints import deepspeed, hf, hub, mindspore, sat
+from lavish.checkpoints.layouts import config_folder
 from lavish.checkpoints.output import TargetOptions, TargetPlan
 from lavish.checkpoints.release import Release
 from lavish.checkpoints.tensor_map import TensorMap
@@ -205,8 +206,8 @@ FAMILIES: tuple[Family, ...] = (
         decoder_layers="model.layers.",
         towers=("model.vision.",),
         tokenizer="lavish.processors.tokenizers:SentencePieceTokenizer",
-        marks=("model_config.json",),
-        layouts=("hf", "sat"),
+        marks=("model_config.json", "*.ckpt", "rank_*/*.ckpt"),
+        layouts=("hf", "sat", "mindspore"),
     ),
     Family(
         name="clip_qwen",
@@ -246,7 +247,7 @@ FAMILIES: tuple[Family, ...] = (
         config="MiniGPT4QwenConfig",
         model="MiniGPT4QwenForConditionalGeneration",
         processor="MiniGPT4QwenProcessor",
-        marks=("eva*.pth", "*/eva*.pth", "layer_*-model_states.pt", "mp_rank_00_model_states.pt"),
+        marks=("eva*.pth", "*/eva*.pth", "layer_*-model_states.pt"),
         piece_marks=("eva", "blip2", "qformer"),
         key_marks=("llm_proj.", "llm_model."),
         renames_adapters=True,
@@ -590,6 +591,10 @@ def detect_composite(path: Path, pieces: Iterable[str]) -> Family | None:
     """
     if (path / "config.json").is_file() and any((path / name).exists() for name in hf.WEIGHT_FILES):
         return None
+    if sat.find_root(path) is None and deepspeed.is_run(path) and (config_folder(path) / "config.json").is_file():
+        return None
+    if mindspore.is_mindspore(path):
+        return next(row for row in FAMILIES if "mindspore" in row.layouts)
     path = sat.find_root(path) or path  # of an iteration's folder or a rank's file
     given = set(pieces)
     named = [row for row in FAMILIES if given.intersection(row.piece_marks)]

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import BlipConfig, PreTrainedTokenizerBase
 
-from lavish.checkpoints import hf, lavis
+from lavish.checkpoints import deepspeed, lavis
 from lavish.checkpoints.json_file import read_object, read_optional_object
+from lavish.checkpoints.layouts import config_folder, read_weights
 from lavish.checkpoints.loading import load_into
 from lavish.checkpoints.rules import Rule
 from lavish.checkpoints.tensor_map import TensorMap
@@ -76,11 +77,12 @@ def open_network(path: str | Path, wanted: Wanted) -> tuple[Any, BlipProcessor]:
     """
     path = Path(path)
     if _is_transformers(path):
-        tensors = hf.read(path)
-        config = read_config(read_object(path / CONFIG), str(path / CONFIG), **wanted.given)
+        folder = config_folder(path)
+        tensors = read_weights(path)
+        config = read_config(read_object(folder / CONFIG), str(folder / CONFIG), **wanted.given)
         architecture = _checked(architecture_in(config), wanted.architecture, path)
-        tokenizer = load_tokenizer(path if wanted.tokenizer is None else wanted.tokenizer)
-        processor = BlipProcessor.from_folder(config, path, tokenizer, wanted.base_texts, wanted.given_texts)
+        tokenizer = load_tokenizer(folder if wanted.tokenizer is None else wanted.tokenizer)
+        processor = BlipProcessor.from_folder(config, folder, tokenizer, wanted.base_texts, wanted.given_texts)
     else:
         tensors = _read_file(path)
         architecture = wanted.architecture or architecture_of(tensors, str(path))
@@ -110,8 +112,8 @@ def tell(path: str | Path) -> tuple[str, int]:
     """
     path = Path(path)
     if _is_transformers(path):
-        tensors = hf.read(path)
-        config = read_config(read_object(path / CONFIG), str(path / CONFIG))
+        tensors = read_weights(path)
+        config = read_config(read_object(config_folder(path) / CONFIG), str(config_folder(path) / CONFIG))
         architecture = architecture_in(config)
     else:
         tensors = _read_file(path)
@@ -131,8 +133,9 @@ def outline(path: Path | None, architecture: str, wanted: Wanted) -> tuple[Any, 
         fields = layered(wanted.base, check_fields(wanted.given, "config"))
         config = lavis_config(fields, BERT_IDS, architecture, "config")
     elif _is_transformers(path):
-        tensors = hf.read(path, allow_absent=True)
-        config = read_config(read_object(path / CONFIG), str(path / CONFIG), **wanted.given)
+        folder = config_folder(path)
+        tensors = read_weights(path, allow_absent=True)
+        config = read_config(read_object(folder / CONFIG), str(folder / CONFIG), **wanted.given)
     else:
         tensors = _read_file(path)
         folder = find_tokenizer(tensors.path.parent)
@@ -156,12 +159,17 @@ def new_network(architecture: str, wanted: Wanted) -> tuple[Any, BlipProcessor]:
 
 def _is_transformers(path: Path) -> bool:
     """Whether a folder's config.json is of its weights; beside a `.pth` file it only adds fields."""
-    return (path / CONFIG).is_file() and not any(path.glob(f"*{lavis.SUFFIX}"))
+    if path.is_file() and not deepspeed.is_run(path):
+        return False
+    return (config_folder(path) / CONFIG).is_file() and not any(path.glob(f"*{lavis.SUFFIX}"))
 
 
 def _read_file(path: Path) -> TensorMap:
     """Read a single file, LAVIS's or what a run of lavish saved of a whole registered model: `network.` goes."""
-    tensors = hf.read(path) if path.suffix == ".safetensors" else lavis.read(path)
+    if path.suffix == ".safetensors" or deepspeed.is_run(path):
+        tensors = read_weights(path)
+    else:
+        tensors = lavis.read(path)
     if all(name.startswith(PREFIX) for name in tensors):
         return TensorMap(tensors.path, {name.removeprefix(PREFIX): info for name, info in tensors.infos.items()})
     return tensors

@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lavish.checkpoints import hf, hub, lavis
+from lavish.checkpoints import deepspeed, hf, hub, lavis
 from lavish.checkpoints.json_file import read_object
+from lavish.checkpoints.layouts import config_folder, read_weights
 from lavish.checkpoints.loading import load_into
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError, DataError, did_you_mean
@@ -252,13 +253,13 @@ def _check_keys(fields: Mapping[str, Any]) -> None:
 
 def _beside(path: Path, name: str) -> Path | None:
     """Give the folder beside a checkpoint, or `gpt2` in it, that holds a file of that name."""
-    folder = path if path.is_dir() else path.parent
+    folder = config_folder(path) if path.is_dir() or deepspeed.is_run(path) else path.parent
     return next((place for place in (folder, folder / "gpt2") if (place / name).is_file()), None)
 
 
 def _tensors(path: Path) -> TensorMap:
     is_saved = path.is_dir() and (path / "config.json").is_file() and not any(path.glob(f"*{lavis.SUFFIX}"))
-    return hf.read(path) if is_saved else lavis.read(path)
+    return read_weights(path) if is_saved or deepspeed.is_run(path) else lavis.read(path)
 
 
 def _load(path: Path, base: Mapping[str, Any], asked: Mapping[str, Any]) -> GPTDialogueLMHeadModel:

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lavish.checkpoints import hf, lavis
+from lavish.checkpoints import deepspeed, hf, lavis
 from lavish.checkpoints.json_file import read_object, read_optional_object
-from lavish.checkpoints.pickles import read_table, read_tree
+from lavish.checkpoints.layouts import read_weights
+from lavish.checkpoints.pickles import read_table
 from lavish.checkpoints.qwen import native_lora, qwen_rules
 from lavish.checkpoints.release import Release, find_piece, merged
 from lavish.checkpoints.rules import Drop, Merge, Rename, Rule, Surplus
@@ -172,26 +173,23 @@ def pieces_in(folder: Path | None) -> dict[str, list[Path]]:
 def read_trained(path: Path) -> TensorMap:
     """Read what was trained, under the names of the release's whole model.
 
-    A `.pth` (flat, or under "model"), a DeepSpeed file of ZeRO 0 to 2 (under "module"), or a folder of a pipeline run.
+    A `.pth` (flat, or under "model"), a DeepSpeed run of ZeRO 0 to 3 (a step's folder, or the one above it), or a
+    folder of a pipeline run.
 
     Raises:
         UnknownLayout: nothing of the kind is there.
-        CheckpointError: damaged, or of ZeRO 3, whose weights lie in slices.
+        CheckpointError: damaged, or shards are absent.
     """
-    if path.is_dir():
-        layers = sorted(path.glob("layer_*-model_states.pt"))
-        if layers:
-            return _pipeline(path, layers)
-        path = _deepspeed_file(path)
+    if path.is_dir() and (layers := sorted(path.glob("layer_*-model_states.pt"))):
+        return _pipeline(path, layers)
     if path.name.startswith("layer_"):
         raise UnknownLayout(f"{path}: one layer of a pipeline run; give its folder, {path.parent}.")
-    if path.suffix == ".pt" and isinstance(tree := read_tree(path), dict) and "module" in tree:
-        module = tree["module"]
-        if not isinstance(module, dict) or not module:
-            raise CheckpointError(f"{path}: holds no weights under 'module'; give the run's folder with its layers.")
-        if wrong := [name for name, value in module.items() if not isinstance(value, TensorInfo)]:
-            raise CheckpointError(f"{path}: holds no tensor under {'module.' + str(wrong[0])!r:.100}.")
-        return TensorMap(path, module)
+    if deepspeed.is_run(path):
+        return read_weights(path)
+    if path.is_dir():
+        raise UnknownLayout(
+            f"{path}: no trained weights; looked for layer_XX-model_states.pt and mp_rank_00_model_states.pt."
+        )
     return lavis.read(path)
 
 
@@ -231,22 +229,8 @@ def _whole_name(file: Path, name: str, block: int) -> str:
     )
 
 
-def _deepspeed_file(folder: Path) -> Path:
-    file = folder / "mp_rank_00_model_states.pt"
-    if file.is_file():
-        return file
-    if list(folder.glob("zero_pp_rank_*_model_states.pt")):
-        raise CheckpointError(
-            f"{folder}: a ZeRO 3 run, whose weights lie in slices among its processes. Join them with the "
-            "zero_to_fp32.py that DeepSpeed put beside it, and give the file that it writes."
-        )
-    raise UnknownLayout(
-        f"{folder}: no trained weights; looked for layer_XX-model_states.pt and mp_rank_00_model_states.pt."
-    )
-
-
 def _is_run(folder: Path) -> bool:
-    return any(folder.glob("*model_states.pt"))
+    return any(folder.glob("*model_states.pt")) or (folder / deepspeed.LATEST).is_file()
 
 
 def _find_trained(folder: Path, others: set[Path]) -> Path:
