@@ -1,5 +1,5 @@
-"""Which released layout a path is, and its config.json. Looks at names, and at a header where they do not tell; torch is
-not imported.
+"""Which released layout a path is, and its config.json. Looks at names, and at a header where they do not tell. torch
+is not imported.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class CogVLMConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
-    template_version: Literal["base", "chat", "vqa"] = "chat"
+    template_version: Literal["base", "chat", "vqa", "inst"] = "chat"
     vision_config: dict | PreTrainedConfig | None = None
     rope_theta: float | None = None  # None: 10000 in v1, 500000 in v2
     rope: Literal["reference", "float32"] = "reference"
@@ -203,6 +203,36 @@ REQUIRED = (*(name for name in SIZES if name not in OPTIONAL_SIZES), "vision_con
 REQUIRED_VISION = tuple(name for name in VISION_SIZES if name not in OPTIONAL_VISION_SIZES)
 
 
+def _check_present(config: dict, vision: dict, given: dict, where: str) -> None:
+    """Check that the config and what a caller gave say every size together."""
+    given_vision = given.get("vision_config")
+    named = {**vision, **given_vision} if isinstance(given_vision, dict) else vision
+    absent = [key for key in REQUIRED if key not in config and key not in given]
+    has_vision = "vision_config" in config or "vision_config" in given
+    absent += [f"vision_config.{key}" for key in REQUIRED_VISION if has_vision and key not in named]
+    if absent:
+        raise ConfigError(
+            f"{where}: a CogVLM config needs {len(REQUIRED) + len(REQUIRED_VISION)} sizes and lacks "
+            f"{', '.join(absent)}. Fetch the config.json of the release again, or give them: config=..."
+        )
+
+
+def read_overrides(given: dict) -> dict:
+    """Give what a caller's config says: fields, a whole config.json, or a YAML of MindFormers.
+
+    Raises: ConfigError.
+    """
+    if isinstance(given.get("model"), dict):
+        from lavish.models.cogvlm.mindformers import read_recipe  # only people who come from there need it
+
+        rest = {name: value for name, value in given.items() if name == "rope"}
+        return {**read_recipe(given, "config=...").fields, **rest}
+    if not given.get("architectures"):
+        return given
+    known = {*CogVLMConfig.__dataclass_fields__, *CogVLMConfig.attribute_map} - {"model_type", "dtype"}
+    return {**{name: value for name, value in given.items() if name in known}, "max_frames": max_frames(given)}
+
+
 def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
     """Make the config of a released or saved config.json; a size that is absent raises instead of taking a default.
 
@@ -213,19 +243,14 @@ def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
     Raises: ConfigError.
     """
     _check_form(config, where)
-    absent = [key for key in REQUIRED if key not in config]
-    vision = dict(config.get("vision_config") or {})
-    absent += [f"vision_config.{key}" for key in REQUIRED_VISION if "vision_config" in config and key not in vision]
-    if absent:
-        raise ConfigError(
-            f"{where}: a CogVLM config needs {len(REQUIRED) + len(REQUIRED_VISION)} sizes and lacks "
-            f"{', '.join(absent)}. Fetch the config.json of the release again."
-        )
+    overrides = read_overrides(overrides)
     known = set(CogVLMConfig.__dataclass_fields__) | set(CogVLMConfig.attribute_map)
     unknown = [key for key in overrides if key not in known]
     if unknown:
         raise ConfigError(f"config: {unknown[0]!r} is no field of CogVLMConfig.{did_you_mean(unknown[0], known)}")
     renamed = {CogVLMConfig.attribute_map.get(key, key): value for key, value in overrides.items()}
+    vision = dict(config.get("vision_config") or {})
+    _check_present(config, vision, renamed, where)
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "vision_config")}
     fields["max_frames"] = max_frames(config)
     given = dotted_names(renamed)

@@ -1,6 +1,7 @@
 """Rules from the released CogVLM tensors to our modules. The names are the same; what is here is what may differ.
 
-The other layouts come to these names first: SAT's in `sat.py`. torch is imported where weights are touched.
+The other layouts come to these names first: SAT's in `sat.py`, MindFormers' in `mindspore.py`. torch is imported where
+weights are touched.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from lavish.checkpoints.release import Release
 from lavish.checkpoints.rules import Optional, Rule
+from lavish.checkpoints.sat import find_root
 from lavish.common.errors import CheckpointError
-from lavish.models.cogvlm import sat
+from lavish.models.cogvlm import mindspore, sat
 
 if TYPE_CHECKING:
     from lavish.models.cogvlm.model import CogVLMForCausalLM
@@ -53,9 +55,9 @@ table, norms, patch embedding, 2x2 convolution and the projector's first layer, 
 def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
     """Open a release that no config.json describes.
 
-    Raises: as `sat.open_release`.
+    Raises: as `sat.open_release` and `mindspore.open_release`.
     """
-    return sat.open_release(path)
+    return mindspore.open_release(path) if find_root(path) is None else sat.open_release(path)
 
 
 def complete(network: CogVLMForCausalLM, absent: Iterable[str] = ()) -> None:
