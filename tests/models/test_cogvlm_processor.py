@@ -187,7 +187,7 @@ def test_vicuna_takes_no_image(golden):
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("chta", "Unknown template 'chta' .*known are chat, vqa, base, vicuna. Did you mean 'chat'"),
+        ("chta", "Unknown template 'chta' .*known are chat, vqa, base, inst, vicuna. Did you mean 'chat'"),
         ("{{ x }}", "Unknown template"),
     ],
 )

@@ -44,7 +44,7 @@ TEXT_TYPE, VISION_TYPE = 0, 1
 class Template:
     """One released prompt format.
 
-    `opening`, then per turn `question`, the text, `answer`; a past turn goes on with a space, its answer and a newline.
+    `opening`, then per turn `question`, the text, `answer`; a past turn goes on with `space`, its answer, `turn_end`.
     """
 
     question: str
@@ -52,6 +52,10 @@ class Template:
     opening: str = ""
     keeps_history: bool = True
     text_only: bool = False
+    space: str = " "
+    turn_end: str = "\n"
+    markup: tuple[str, ...] = ()
+    """What no user may type: the model would take it for the end of a turn."""
 
     def format(self, question: str) -> str:
         """Give one question with the words around it, up to where its answer begins."""
@@ -62,6 +66,8 @@ TEMPLATES = {
     "chat": Template("Question: ", " Answer:"),
     "vqa": Template("Question: ", " Short answer:"),
     "base": Template("", "", keeps_history=False),
+    # What SAT calls `chat`: CogAgent's prompt, which no released CogVLM was trained with. SAT's `chat_old` is `chat`.
+    "inst": Template(" [INST] ", " [/INST] ", space="", turn_end="", markup=("[INST]", "[/INST]")),
     # The text-only rule of the v1 terminal demo, without its fault: from turn 3 on the demo repeats the earlier turns.
     "vicuna": Template(
         "USER: ",
@@ -201,7 +207,7 @@ class CogVLMProcessor(ProcessorMixin):
     ) -> Any:
         """Render one conversation or a list of them with a released template, and encode it.
 
-        `chat_template` is "chat", "vqa", "base" or "vicuna" (text only); None takes the model's `template_version`. A
+        `chat_template` is one of TEMPLATES, "vicuna" for text only; None takes the model's `template_version`. A
         system message has no place in the released formats: its text goes in front of the first question that is
         rendered, with a space between. With `return_labels` the answers stay in the sequence, each encoded on its own
         and followed by eos, and `labels` is -100 outside them; `compat="release"` trains the last answer only, with the
@@ -290,6 +296,10 @@ class CogVLMProcessor(ProcessorMixin):
         if not is_finished and media is None and not any(message.text().strip() for message in messages):
             raise PromptError("The prompt is empty: no text and no image.")
         questions = [turn.user.text() for turn in rounds]
+        if typed := [mark for mark in template.markup for question in questions if mark in question]:
+            raise PromptError(
+                f"A question holds {typed[0]!r}, with which the template {name!r} marks turns; take it out of the text."
+            )
         answers = [turn.answer.text() for turn in rounds if turn.answer is not None]
         is_last_only = not is_finished or compat == "release"
         if not template.keeps_history:
@@ -484,17 +494,17 @@ def _last_turn(
 ) -> tuple[tuple[str, bool], ...]:
     """Render as inference sees it: past turns as text, then the question, then (`compat="release"`) its answer."""
     last = len(questions) - 1
-    past = [f"{template.format(questions[i])} {answers[i]}\n" for i in range(last)]
+    past = [f"{template.format(questions[i])}{template.space}{answers[i]}{template.turn_end}" for i in range(last)]
     question = template.format(questions[last]) if add_answer_prompt else template.question + questions[last]
     context = template.opening + "".join(past) + question
     return ((context, False), *((answer, True) for answer in answers[last:]))
 
 
 def _all_turns(template: Template, questions: list[str], answers: list[str]) -> tuple[tuple[str, bool], ...]:
-    """Render for training: every answer is a piece of its own; the text goes on with a newline, as in the history."""
+    """Render for training: every answer is a piece of its own; the text goes on as in the history."""
     pieces: list[tuple[str, bool]] = []
     for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        before = template.opening if index == 0 else "\n"
+        before = template.opening if index == 0 else template.turn_end
         pieces += [(before + template.format(question), False), (answer, True)]
     return tuple(pieces)
 
