@@ -1,15 +1,17 @@
 """Files behind a URL: fetched once, resumed, never taken incomplete. The server is one of this process."""
 
+import hashlib
 import http.server
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from lavish.checkpoints import download
 from lavish.checkpoints.download import cache_folder, fetch, is_url
-from lavish.common.errors import CheckpointError, ConfigError
+from lavish.common.errors import CheckpointError, ConfigError, DataError
 
 CONTENT = bytes(range(256)) * 40
 
@@ -47,6 +49,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("LAVISH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("LAVISH_OFFLINE", raising=False)
     Server.asked, Server.broken = [], 0
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         thread = threading.Thread(target=running.serve_forever)
@@ -101,6 +104,41 @@ def test_offline(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch(f"{server}/x.pth") == file
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
         fetch(f"{server}/y.pth")
+
+
+def test_a_place_of_ones_own(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "data" / "rows.json"
+    assert fetch(f"{server}/x.json", place) == place
+    assert place.read_bytes() == CONTENT
+    monkeypatch.setenv("LAVISH_OFFLINE", "1")
+    with pytest.raises(
+        DataError, match=rf"LAVISH_OFFLINE is set and the file is not in .*Put it at {tmp_path}/y\.json"
+    ):
+        fetch(f"{server}/y.json", tmp_path / "y.json", error=DataError)
+
+
+def test_md5(server: str, tmp_path: Path) -> None:
+    right = hashlib.md5(CONTENT).hexdigest()
+    with pytest.raises(DataError, match=f"came with the md5 {right}, not 0000"):
+        fetch(f"{server}/x.json", tmp_path / "x.json", md5="0" * 32, error=DataError)
+    assert not list(tmp_path.glob("x.json*")), "what is wrong does not stay"
+    assert fetch(f"{server}/x.json", tmp_path / "x.json", md5=right.upper()).read_bytes() == CONTENT
+    (tmp_path / "x.json").write_text("the user's own")
+    assert fetch(f"{server}/x.json", tmp_path / "x.json", md5=right).read_text() == "the user's own"
+
+
+def test_several_at_once_fetch_once(server: str, tmp_path: Path) -> None:
+    """Processes of one run ask for the same file; here they are threads, which locks keep apart alike."""
+    with ThreadPoolExecutor(8) as pool:
+        files = list(pool.map(lambda _: fetch(f"{server}/x.json", tmp_path / "x.json"), range(8)))
+    assert {file.read_bytes() for file in files} == {CONTENT}
+    assert Server.asked == [None]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["x.json"]
+
+
+def test_a_bar_on_a_terminal_only(server: str, capfd: pytest.CaptureFixture[str]) -> None:
+    fetch(f"{server}/x.pth")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

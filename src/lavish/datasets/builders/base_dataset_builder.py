@@ -161,8 +161,7 @@ class BaseDatasetBuilder:
 
     def splits(self) -> list[str]:
         """Name the splits that the config has files for; `val: null` leaves one out."""
-        sections = self.build_info.get("annotations") or {}
-        return [split for split in SPLITS if sections.get(split) is not None]
+        return [split for split in SPLITS if self._annotations().get(split) is not None]
 
     def annotation_files(self, split: str | None = None) -> list[AnnotationFile]:
         """Give the annotation files of a split, or all, those that are no split (`ans2label`) too.
@@ -170,14 +169,17 @@ class BaseDatasetBuilder:
         Raises:
             ConfigError: a section of another shape, or another number of urls or md5 than of files.
         """
-        sections = self.build_info.get("annotations") or {}
-        if not isinstance(sections, Mapping):
-            raise ConfigError(f"build_info.annotations is {shown(sections)}; it holds a section for each split.")
         files = []
-        for name, section in sections.items():
+        for name, section in self._annotations().items():
             if section is not None and split in (None, name):
                 files += self._files(str(name), section)
         return files
+
+    def _annotations(self) -> Mapping[str, Any]:
+        sections = self.build_info.get("annotations") or {}
+        if not isinstance(sections, Mapping):
+            raise ConfigError(f"build_info.annotations is {shown(sections)}; it holds a section for each split.")
+        return sections
 
     def _files(self, split: str, section: Any) -> list[AnnotationFile]:
         where = f"build_info.annotations.{split}"
@@ -344,6 +346,7 @@ def _section(cfg: Any) -> DictConfig:
 def _texts(value: Any, where: str) -> list[str | None]:
     """Give one text or a list of them as a list; inside a list null stands for none."""
     values: Sequence[Any] = [] if value is None else [value] if isinstance(value, str | Path) else value
-    if isinstance(values, Mapping) or not all(one is None or isinstance(one, str | Path) for one in values):
+    is_list = isinstance(values, Sequence)  # so are the lists of OmegaConf
+    if not is_list or not all(one is None or isinstance(one, str | Path) for one in values):
         raise ConfigError(f"{where} is {shown(value)}; a text or a list of texts is expected.")
     return [None if one is None else str(one) for one in values]

@@ -138,7 +138,7 @@ class BaseDataset(Dataset):
             raise DataError(f"{name!r} where the name of a file is expected.")
         return Path(self.vis_root or "") / name
 
-    def text(self, record: Mapping[str, Any], name: str) -> Any:
+    def processed_text(self, record: Mapping[str, Any], name: str) -> Any:
         """Process a text of a record."""
         text = need(record, name)
         if not isinstance(text, str):

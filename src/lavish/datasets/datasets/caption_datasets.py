@@ -32,7 +32,7 @@ class CaptionDataset(BaseDataset):
         record = self.annotation[index]
         return {
             "image": self.picture(need(record, "image")),
-            "text_input": self.text(record, "caption"),
+            "text_input": self.processed_text(record, "caption"),
             "image_id": self.img_ids[record["image_id"]],
         }
 

@@ -29,7 +29,7 @@ class VQADataset(BaseDataset):
         answers, weights = self.weighted(record)
         return {
             "image": self.picture(image_name(record)),
-            "text_input": self.text(record, "question"),
+            "text_input": self.processed_text(record, "question"),
             "answers": answers,
             "weights": weights,
         }
@@ -90,7 +90,7 @@ class VQAEvalDataset(BaseDataset):
         record = self.annotation[index]
         return {
             "image": self.picture(image_name(record)),
-            "text_input": self.text(record, "question"),
+            "text_input": self.processed_text(record, "question"),
             "question_id": question_id(record),
             "instance_id": record["instance_id"],
         }
