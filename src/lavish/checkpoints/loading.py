@@ -93,7 +93,7 @@ def load_into(
                 stored = tensors.assemble(info) if name not in cuts else cuts[name].assemble(tensors, info)
                 value = _place(what, stored, cast_to, target, is_own=True)
             else:
-                stored = mapped.tensor(info) if info is not None else _join(tensors, places.joined[name])
+                stored = mapped.tensor(info) if info is not None else read_joined(tensors, places.joined[name])
                 if name in cuts:
                     stored = cuts[name].take(stored)
                 value = _place(what, stored, cast_to, target)
@@ -155,8 +155,12 @@ def rearrange(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dic
     return made
 
 
-def _join(tensors: TensorMap, joined: Joined) -> torch.Tensor:
-    """Read the parts of a merged tensor, each from its own file."""
+def read_joined(tensors: TensorMap, joined: Joined) -> torch.Tensor:
+    """Read the parts of a merged tensor, each from its own file.
+
+    Raises:
+        ShapeMismatch: they do not fit each other.
+    """
     parts: list[torch.Tensor | None] = []
     maps: list[MappedFile] = []
     for name in joined.names:
@@ -257,7 +261,7 @@ def _found(tensors: TensorMap) -> str:
 def _check_shapes(targets: dict[str, torch.Tensor], tensors: TensorMap, places: Plan, cuts: Mapping[str, Cut]) -> None:
     sources = places.sources
     expected = {name: cuts[name].whole if name in cuts else tuple(targets[name].shape) for name in sources}
-    found = {name: _found_shape(tensors, places, name) for name in sources}
+    found = {name: stored_shape(tensors, places, name) for name in sources}
     wrong = [name for name in sources if found[name] != expected[name]]
     if wrong:
         info = tensors.info(sources[wrong[0]])
@@ -278,7 +282,12 @@ def _check_shapes(targets: dict[str, torch.Tensor], tensors: TensorMap, places: 
                 )
 
 
-def _found_shape(tensors: TensorMap, places: Plan, name: str) -> tuple[int, ...]:
+def stored_shape(tensors: TensorMap, places: Plan, name: str) -> tuple[int, ...]:
+    """Give the shape of the tensor that becomes `name`, by the headers.
+
+    Raises:
+        ShapeMismatch: a tensor does not divide, or parts do not fit each other.
+    """
     if name not in places.joined:
         return stored_info(tensors, places, name).shape
     joined = places.joined[name]

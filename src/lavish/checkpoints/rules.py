@@ -189,6 +189,13 @@ def without_surplus(places: Plan, targets: Container[str], rules: Sequence[Rule]
     return Plan(_without(places.sources, gone), dropped, _without(places.parts, gone), _without(places.joined, gone))
 
 
+def reasons(places: Plan, rules: Sequence[Rule]) -> list[tuple[str, str]]:
+    """Say of each name that a plan drops why."""
+    drops = [(re.compile(_regex(rule.source)), rule.why) for rule in rules if isinstance(rule, Drop)]
+    surplus = next((rule.why for rule in rules if isinstance(rule, Surplus)), "")
+    return [(name, next((why for regex, why in drops if regex.fullmatch(name)), surplus)) for name in places.dropped]
+
+
 def reverse(rules: Sequence[Rule]) -> list[Rule]:
     """Give the rules from our names back to the release's, for the writer. What was dropped stays dropped."""
     back: list[Rule] = []

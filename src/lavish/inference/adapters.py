@@ -98,7 +98,7 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
     found: dict[str, Any] = dict(hf.read(weights))
     if native is not None:
         fields, found = native(fields, found)
-    _check_fields(folder, fields, found)
+    check_fields(folder, fields, found)
     config = LoraConfig(**_lora_fields(folder, fields, LoraConfig))
     if is_quantized(network):
         _check_plain(folder, fields)
@@ -204,7 +204,7 @@ def _layers_over_quantized() -> dict[type[nn.Module], Any]:
     return layers
 
 
-def _check_fields(folder: Path, fields: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_fields(folder: Path, fields: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse fields of a wrong type or beyond the stored tensors, and beginnings that change the base's weights."""
     where = folder / ADAPTER_CONFIG
     start = fields.get("init_lora_weights")

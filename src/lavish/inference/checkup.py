@@ -1,0 +1,250 @@
+"""A full read of a checkpoint: checksums of its files, and what its numbers are."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavish.checkpoints import hub
+from lavish.checkpoints.output import FLOATS
+from lavish.checkpoints.tensor_map import Assembled, Stored, TensorMap, reshaped, view
+from lavish.common.errors import CheckpointError, UnknownLayout
+from lavish.inference.source import Source, open_source
+
+READ_BYTES = 4 << 20
+CHUNK_NUMEL = 1 << 22
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """One file of weights."""
+
+    file: Path
+    num_bytes: int
+    sha256: str
+    expected: str | None
+    """By the name under which a hub's cache keeps it; None: nothing says."""
+
+
+@dataclass
+class Part:
+    """What the numbers of a part of the network are."""
+
+    name: str
+    num_tensors: int = 0
+    numel: int = 0
+    dtypes: set[str] = field(default_factory=set)
+    num_nan: int = 0
+    num_inf: int = 0
+    minimum: float = math.inf
+    maximum: float = -math.inf
+    total: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def num_finite(self) -> int:
+        """Numbers that are numbers."""
+        return self.numel - self.num_nan - self.num_inf
+
+    @property
+    def mean(self) -> float:
+        """Of the finite ones."""
+        return self.total / self.num_finite if self.num_finite else math.nan
+
+    @property
+    def std(self) -> float:
+        """Of the finite ones."""
+        return math.sqrt(max(self.squares / self.num_finite - self.mean**2, 0.0)) if self.num_finite else math.nan
+
+    def add(self, values: torch.Tensor) -> None:
+        """Take some numbers in."""
+        wide = values.double()
+        finite = wide[wide.isfinite()]
+        self.num_nan += int(wide.isnan().sum())
+        self.num_inf += int(wide.isinf().sum())
+        if finite.numel():
+            self.minimum = min(self.minimum, float(finite.min()))
+            self.maximum = max(self.maximum, float(finite.max()))
+            self.total += float(finite.sum())
+            self.squares += float(finite.square().sum())
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What a full read found."""
+
+    path: Path
+    layout: str
+    family: str
+    files: tuple[FileSum, ...]
+    parts: tuple[Part, ...]
+    problems: tuple[str, ...]
+    """What is wrong, a sentence each; empty: nothing."""
+    notes: tuple[str, ...]
+    """What is strange and may be right."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give it as JSON has it."""
+        return {
+            "path": str(self.path),
+            "layout": self.layout,
+            "family": self.family,
+            "files": [
+                {"file": str(f.file), "bytes": f.num_bytes, "sha256": f.sha256, "expected": f.expected}
+                for f in self.files
+            ],
+            "parts": [
+                {
+                    "name": part.name,
+                    "tensors": part.num_tensors,
+                    "numbers": part.numel,
+                    "dtypes": sorted(part.dtypes),
+                    "nan": part.num_nan,
+                    "inf": part.num_inf,
+                    **{
+                        name: value if math.isfinite(value) else None
+                        for name, value in (
+                            ("min", part.minimum),
+                            ("max", part.maximum),
+                            ("mean", part.mean),
+                            ("std", part.std),
+                        )
+                    },
+                }
+                for part in self.parts
+            ],
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+        }
+
+
+def check(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    pieces: Mapping[str, str | Path] | None = None,
+    progress: Progress | None = None,
+) -> Checkup:
+    """Read all of a checkpoint: is it whole, what are its checksums, which numbers are none.
+
+    Args: as `lavish.inference.convert.convert`.
+
+    Raises:
+        UnknownLayout: it is no checkpoint. ConfigError: as `lavish.load`. What is damaged is a problem of the result.
+    """
+    tell = progress or _say_nothing
+    problems: list[str] = []
+    source: Source | None = None
+    try:
+        source = open_source(path, base=base, config=config, pieces=pieces)
+        source.check()
+    except UnknownLayout:
+        raise
+    except CheckpointError as error:
+        problems.append(str(error))
+    folder = hub.resolve(path)
+    files = source.tensors.files if source is not None else _weight_files(folder)
+    file_bytes = sum(file.stat().st_size for file in files)
+    total = file_bytes + (0 if source is None else sum(info.nbytes for info in _each_once(source.tensors).values()))
+    sums = tuple(_summed(files, lambda done: tell("check", done, total)))
+    problems += [
+        f"{found.file}: its SHA-256 is {found.sha256}, and the hub's is {found.expected}; fetch it again."
+        for found in sums
+        if found.expected not in (None, found.sha256)
+    ]
+    parts, notes = (
+        ((), [])
+        if source is None
+        else _statistics(source, problems, lambda done: tell("check", file_bytes + done, total))
+    )
+    return Checkup(
+        path=folder,
+        layout="" if source is None else source.layout,
+        family="" if source is None else source.family.name,
+        files=sums,
+        parts=tuple(parts),
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def _say_nothing(phase: str, done: int, total: int) -> None:
+    """Take the place of a caller's progress."""
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    """Find what may hold weights in a checkpoint that cannot be opened."""
+    if path.is_file():
+        return (path,)
+    return tuple(file for file in sorted(path.rglob("*")) if file.suffix in WEIGHT_SUFFIXES and file.is_file())
+
+
+def _summed(files: tuple[Path, ...], tell: Callable[[int], None]) -> Iterator[FileSum]:
+    done = 0
+    for file in files:
+        digest, held = hashlib.sha256(), 0
+        with file.open("rb") as handle:
+            while chunk := handle.read(READ_BYTES):
+                digest.update(chunk)
+                held += len(chunk)
+                tell(done + held)
+        done += held
+        blob = file.resolve().name if file.is_symlink() else ""
+        yield FileSum(file, held, digest.hexdigest(), blob if _SHA256.fullmatch(blob) else None)
+
+
+def _each_once(tensors: TensorMap) -> dict[str, Stored]:
+    """Give the tensors without second names for the same bytes."""
+    return {name: info for info, name in {info: name for name, info in reversed(tensors.infos.items())}.items()}
+
+
+def _statistics(source: Source, problems: list[str], tell: Callable[[int], None]) -> tuple[list[Part], list[str]]:
+    parts: dict[str, Part] = {}
+    notes: list[str] = []
+    done = 0
+    for name, info in sorted(_each_once(source.tensors).items(), key=lambda item: (item[1].file, item[1].offset)):
+        done += info.nbytes
+        tell(done)
+        part = parts.setdefault(_part_of(source, name), Part(_part_of(source, name)))
+        part.num_tensors += 1
+        part.numel += info.numel
+        part.dtypes.add(info.dtype)
+        if info.dtype not in FLOATS:
+            continue
+        alone = Part(name, numel=info.numel)
+        for values in _chunks(source.tensors, info):
+            part.add(values)
+            alone.add(values)
+        if alone.num_nan or alone.num_inf:
+            problems.append(f"{name!r} in {info.file.name} holds {alone.num_nan} NaN and {alone.num_inf} infinities.")
+        elif info.numel > 1 and len(info.shape) > 1 and alone.minimum == alone.maximum == 0:
+            notes.append(f"{name!r} in {info.file.name} is zero throughout.")
+    return list(parts.values()), notes
+
+
+def _chunks(tensors: TensorMap, info: Stored) -> Iterator[torch.Tensor]:
+    """Give the numbers of a tensor in pieces of a few MB."""
+    if isinstance(info, Assembled) or info.stride is not None:
+        yield from tensors.assemble(info).view(-1).split(CHUNK_NUMEL)
+        return
+    flat = reshaped(info, (info.numel,))
+    for start in range(0, info.numel, CHUNK_NUMEL):
+        yield tensors.assemble(view(flat, 0, start, min(start + CHUNK_NUMEL, info.numel)))
+
+
+def _part_of(source: Source, name: str) -> str:
+    for prefix in (*source.family.towers, source.family.decoder_layers):
+        if name.startswith(prefix):
+            return prefix.removesuffix(".")
+    return ".".join(name.split(".")[:-1][:2]) or name

@@ -1,0 +1,133 @@
+"""A Hugging Face folder as the target of a conversion: what `lavish.load`, and transformers after `lavish.register()`,
+read.
+
+From another such folder the names and all small files go over as they are; from any other layout it is what
+`save_pretrained` of network and processor would write.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lavish.checkpoints import hf
+from lavish.checkpoints.output import FLOATS, Output, TargetOptions, TargetPlan, safetensors_files
+from lavish.common.errors import CheckpointError, ConfigError
+from lavish.inference.lora import deltas
+from lavish.inference.source import Source, network_outputs
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SMALL_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".md")
+SMALL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+NOT_COPIED = (CONFIG, "trainer_state.json", "zero_to_fp32.py", "adapter_config.json")
+"""Written anew, or of a training run."""
+MAX_SMALL_BYTES = 100_000_000
+
+
+def plan_hf(source: Source, options: TargetOptions, tokenizer: str | Path | None) -> tuple[TargetPlan, list[str]]:
+    """Say what is written, and what the reader of the report should know.
+
+    Raises:
+        ConfigError: a LoRA belongs to the source and nobody said what becomes of it.
+        CheckpointError: tokenizer or adapter are damaged.
+    """
+    added = {}
+    if source.adapter is not None:
+        if not options.merge_lora:
+            raise ConfigError(
+                f"{source.adapter} is a LoRA that belongs to the model. Add it to the weights (--merge-lora), or write "
+                "it alone (--to peft)."
+            )
+        native = source.family.native_adapter if source.opened is not None else None
+        added = deltas(source.adapter, native, source.places.sources)
+    outputs = network_outputs(source, options, added)
+    files, texts = safetensors_files(outputs, options.max_shard_bytes)
+    notes: list[str] = []
+    texts |= {CONFIG: _config_text(source, options, outputs), **_generation(source)}
+    copies = _small_files(source.path, [*texts]) if source.is_folder_of_release else {}
+    if tokenizer is not None or not source.is_folder_of_release:
+        made = _processor_files(source, tokenizer, notes)
+        copies = {name: path for name, path in copies.items() if name not in made}
+        texts |= {name: content for name, content in made.items() if name not in (CONFIG, GENERATION)}
+    return TargetPlan(files, texts, copies, tuple(source.dropped)), notes
+
+
+def _config_text(source: Source, options: TargetOptions, outputs: list[Output]) -> bytes:
+    if source.is_folder_of_release:
+        content = (source.path / CONFIG).read_bytes()
+        fields = json.loads(content.decode("utf-8-sig"))
+        changed = {**fields, **source.overrides}
+        if options.dtype is not None:
+            changed["torch_dtype" if "torch_dtype" in fields else "dtype"] = options.dtype
+        return content if changed == fields else _json(changed)
+    fields = json.loads(source.config.to_json_string(use_diff=False))
+    fields["architectures"] = [type(source.network).__name__]
+    fields["model_type"] = source.config.model_type
+    fields.pop("torch_dtype", None)
+    fields["dtype"] = options.dtype or _usual_dtype(outputs)
+    return _json(fields)
+
+
+def _usual_dtype(outputs: list[Output]) -> str:
+    """Give the float dtype that holds the most elements."""
+    held: Counter[str] = Counter()
+    for output in outputs:
+        if output.dtype in FLOATS:
+            held[output.dtype] += output.nbytes
+    return held.most_common(1)[0][0] if held else "float32"
+
+
+def _generation(source: Source) -> dict[str, bytes]:
+    release = source.opened.release if source.opened is not None else None
+    return {GENERATION: _json(release.generation_config)} if release is not None and release.generation_config else {}
+
+
+def _small_files(folder: Path, others: list[str]) -> dict[str, Path]:
+    """Find what stands beside the weights: tokenizer, generation config, licence, the release's own code."""
+    found: dict[str, Path] = {}
+    for entry in sorted(folder.iterdir()):
+        name = entry.name
+        is_small = entry.suffix in SMALL_SUFFIXES or name.startswith(SMALL_NAMES)
+        is_other = name in (*NOT_COPIED, *others) or name.endswith(hf.INDEX_SUFFIX) or name.startswith(".")
+        if is_small and not is_other and entry.is_file():
+            file = hf.inside(folder, name)
+            if file.stat().st_size <= MAX_SMALL_BYTES:
+                found[name] = file
+    return found
+
+
+def _processor_files(source: Source, tokenizer: str | Path | None, notes: list[str]) -> dict[str, bytes]:
+    """Give the files that `save_pretrained` of the processor writes; without a tokenizer there is none, and a note
+    says so."""
+    if source.opened is None:
+        return {}
+    release = source.opened.release
+    if tokenizer is None and release is not None and not _has_tokenizer(release.tokenizer):
+        notes.append(
+            f"{source.path} has no tokenizer, so the folder has none either: give it to lavish.load(tokenizer=...), or "
+            "convert with --tokenizer FOLDER."
+        )
+        return {}
+    processor = source.opened.processor(tokenizer, is_overridden=bool(source.overrides))
+    with tempfile.TemporaryDirectory(prefix="lavish-") as folder:
+        processor.save_pretrained(folder)
+        made = {
+            str(file.relative_to(folder)).replace("\\", "/"): file.read_bytes()
+            for file in sorted(Path(folder).rglob("*"))
+            if file.is_file()
+        }
+    if not made:
+        raise CheckpointError(f"{source.path}: its processor wrote no files.")
+    return made
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "qwen.tiktoken")
+    return folder.is_dir() and any((folder / name).is_file() for name in names)
+
+
+def _json(fields: Any) -> bytes:
+    return json.dumps(fields, indent=2, ensure_ascii=False).encode() + b"\n"
