@@ -165,8 +165,10 @@ def test_other_settings_than_before_are_told(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, "lavish"):
         train(recipe(tmp_path, "run.num_threads=1"), only="tower")
         assert not caplog.records
-        train(recipe(tmp_path, "run.max_iters=3"), only="tower")
-        train(recipe(tmp_path, "task.dense_weight=0.2"), only="tower")
+        with pytest.raises(ConfigError, match=r"run\.max_iters: 2 -> 3.*--force"):
+            train(recipe(tmp_path, "run.max_iters=3"), only="tower")
+        train(recipe(tmp_path, "run.max_iters=3"), only="tower", force=True)
+        train(recipe(tmp_path, "task.dense_weight=0.2"), only="tower", force=True)
     assert "run.max_iters: 2 -> 3" in caplog.text
     assert "task.dense_weight: 'not set' -> 0.2" in caplog.text
 

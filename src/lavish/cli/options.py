@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from lavish.common.errors import ConfigError
+
 ANSWER, LOADING = "Answer", "Load"
 
 Model = Annotated[
@@ -122,7 +124,18 @@ TensorParallel = Annotated[
     ),
 ]
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", show_default=False, help="The YAML file of the run.")]
+Recipe = Annotated[str | None, typer.Argument(metavar="RECIPE", show_default=False, help="The YAML file of the run.")]
+CfgPath = Annotated[
+    str | None, typer.Option("--cfg-path", metavar="RECIPE", help="The YAML file, as LAVIS's scripts take it.")
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE",
+        help="A module of your own, by name or .py file, that registers models, data sets or tasks; may be repeated.",
+    ),
+]
 More = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", show_default=False, help="More of what --set takes."),
@@ -136,3 +149,22 @@ Overrides = Annotated[
         help="Replace a key of the recipe, e.g. run.seed=7; may be repeated.",
     ),
 ]
+
+
+def recipe_of(
+    recipe: str | None, cfg_path: str | None, overrides: list[str] | None, more: list[str] | None
+) -> tuple[str, list[str]]:
+    """Give the recipe's path and the overrides: `RECIPE --set a.b=c`, or as LAVIS's scripts take them,
+    `--cfg-path RECIPE --options a.b=c d.e=f`.
+
+    Raises:
+        ConfigError: no recipe, or two.
+    """
+    if cfg_path is None:
+        if recipe is None:
+            raise ConfigError("No recipe was given: lavish train RECIPE.yaml, or --cfg-path RECIPE.yaml.")
+        return recipe, [*(overrides or ()), *(more or ())]
+    if recipe is not None and "=" not in recipe and not overrides:
+        raise ConfigError(f"Two recipes were given, {recipe!r} and --cfg-path {cfg_path!r}; leave one out.")
+    # The words after the first of --options arrive as arguments.
+    return cfg_path, [*(overrides or ()), *([] if recipe is None else [recipe]), *(more or ())]

@@ -21,18 +21,26 @@ HEARTBEAT_S = 10.0
 
 
 def command(
-    recipe: options.Recipe,
+    recipe: options.Recipe = None,
     more: options.More = None,
+    cfg_path: options.CfgPath = None,
     overrides: options.Overrides = None,
+    plugins: options.Plugins = None,
     only: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Run this stage; those that it starts from are finished.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on in a folder that was begun with other settings.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Check the recipe, say what would run, and stop.")] = False,
 ) -> int | None:
     """Train as a recipe says. Interrupted or killed, the same command goes on from the newest checkpoint."""
+    path, changes = options.recipe_of(recipe, cfg_path, overrides, more)
+    from lavish.common.plugins import load_plugins
     from lavish.runners import recipe as recipes
 
-    config = recipes.load_recipe(recipe, [*(overrides or ()), *(more or ())])
+    load_plugins(plugins or ())
+    config = recipes.open_recipe(path, changes)
     if check:
         _show_plan(recipes.check(config, only=only))
         return None
@@ -42,7 +50,7 @@ def command(
     screen = Screen()
     try:
         with screen:
-            folders = recipes.train(config, only=only, report=screen)
+            folders = recipes.train(config, only=only, report=screen, force=force)
     except KeyboardInterrupt:
         say("Interrupted. The same command goes on from the newest checkpoint; nothing before it is lost.")
         raise
@@ -123,10 +131,10 @@ class Screen:
 
 
 def _show_plan(stages: list[tuple[str, Any]]) -> None:
-    from lavish.runners.recipe import read_cost
+    from lavish.runners.recipe import read_cost, run_config
 
     for name, config in stages:
-        folder = Path(config.run.output_dir)
+        folder = Path(run_config(config).output_dir)
         state = "finished" if read_cost(folder) else "begun" if any(folder.glob("checkpoint_*")) else "to do"
         console().print(f"{name}: {state}, in {folder}", markup=False, soft_wrap=True)
     console().print("The recipe is right.")

@@ -94,6 +94,9 @@ class Engine:
         """
         fill(model, tensors)
 
+    def make_whole(self, model: nn.Module) -> None:
+        """Put whole weights into the module of the main process, at the end of a run; all processes call it."""
+
     # -- checkpoints
 
     def save(self, folder: Path, model: nn.Module, optimizer: OptimizerGroup) -> dict[str, Any]:
@@ -194,6 +197,15 @@ class FSDP2Engine(Engine):
 
         check_names(trained(model), tensors)
         set_model_state_dict(model, cast(Any, tensors), options=StateDictOptions(full_state_dict=True, strict=False))
+
+    @torch.no_grad()
+    def make_whole(self, model: nn.Module) -> None:
+        """Gather each weight in turn; the other processes keep none of it."""
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                whole = self.full(parameter)
+                if dist.is_main():
+                    module.register_parameter(name, nn.Parameter(whole.cpu(), parameter.requires_grad))
 
     def save(self, folder: Path, model: nn.Module, optimizer: OptimizerGroup) -> dict[str, Any]:
         """Write the shares of weights and optimizer with torch.distributed.checkpoint."""

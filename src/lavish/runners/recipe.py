@@ -6,6 +6,12 @@
     run:       {task: scenes, ...}                    lavish.runners.schema.RunConfig
     stages:    [{name: tower, run: {...}, task: {...}}, ...]    optional; each is a run in <run.output_dir>/<name>
 
+or a recipe of LAVIS, which is one run:
+
+    model:     {arch: blip_caption, model_type: base_coco, ...}     layered over the model type's YAML
+    datasets:  {coco_caption: {vis_processor: ..., ...}}            each layered over its builder's YAML
+    run:       {task: captioning, runner: runner_base, ...}         RunConfig, with LAVIS's defaults
+
 A stage's sections are layered over the shared ones. The whole recipe is checked before anything heavy starts, and the
 merged file is saved beside the run's outputs. A stage that is complete is not run again; one that was killed continues
 from its newest checkpoint.
@@ -14,12 +20,17 @@ from its newest checkpoint.
 import hashlib
 import json
 import logging
+import platform
+import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
@@ -29,17 +40,23 @@ from lavish.checkpoints import hub
 from lavish.checkpoints.placement import resolve_device
 from lavish.common import config as configs
 from lavish.common import dist
+from lavish.common.config import Config
 from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
 from lavish.common.registry import registry
 from lavish.inference.load import POCKET, load
 from lavish.runners.runner_base import Progress, RunnerBase
-from lavish.runners.schema import RunConfig
+from lavish.runners.schema import RunConfig, lavis_run_config
 from lavish.tasks.base_task import BaseTask
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE, DONE_FILE, METRICS_FILE = "config.yaml", "done.json", "metrics.json"
-CHANGEABLE = ("output_dir", "device", "num_threads", "num_workers", "compile", "log_freq", "save_freq")
+ENVIRONMENT_FILE = "environment.json"
+CHANGEABLE = (
+    *("output_dir", "device", "num_threads", "num_workers", "compile", "log_freq", "save_freq", "save_last"),
+    *("engine", "deepspeed_config", "activation_checkpointing", "accum_grad_iters", "resume_ckpt_path"),
+    *("batch_size_eval", "use_dist_eval_sampler", "world_size", "dist_url", "distributed"),
+)
 """Keys of `run:` that a resumed run may have otherwise: they change how it runs, not what it gives."""
 
 
@@ -106,22 +123,37 @@ class EvaluatedModel:
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> DictConfig:
-    """Read a recipe, layer dotted overrides over it, check keys and types, and fill in the defaults of `run:`.
+    """Read a recipe with stages, layer dotted overrides over it, check keys and types, and fill in `run:`.
 
     Raises:
         ConfigError: unknown key, wrong type, or a file that is not a recipe.
     """
     merged = configs.merge(configs.load_yaml(path), configs.parse_overrides(overrides or []))
     checked = configs.check(merged, Recipe)
-    return configs.merge({"run": asdict(checked.run)}, merged)
+    run = {name: value for name, value in asdict(checked.run).items() if value is not None}
+    return configs.merge({"run": run}, merged)
 
 
-def stage_configs(recipe: DictConfig) -> list[tuple[str, DictConfig]]:
+def open_recipe(path: str | Path, overrides: list[str] | None = None) -> DictConfig | Config:
+    """Read a recipe of either kind; one whose `model:` names a model type, and that has no stages, is LAVIS's.
+
+    Raises:
+        ConfigError: unknown key, wrong type, unknown model, type or data set, or a file that is not a recipe.
+    """
+    merged = configs.merge(configs.load_yaml(path), configs.parse_overrides(overrides or []))
+    model = merged.get("model")
+    is_lavis = isinstance(model, DictConfig) and "model_type" in model and not {"stages", "task"} & set(merged)
+    return Config(path, overrides or []) if is_lavis else load_recipe(path, overrides)
+
+
+def stage_configs(recipe: DictConfig | Config) -> list[tuple[str, Any]]:
     """Give (name, merged config) of each run of the recipe; one without `stages` is one run, in run.output_dir itself.
 
     Raises:
         ConfigError: a stage's name is no plain folder name, or there twice.
     """
+    if isinstance(recipe, Config):
+        return [("run", recipe)]
     shared = OmegaConf.create({key: value for key, value in recipe.items() if key != "stages"})
     if not recipe.get("stages"):
         return [("run", shared)]
@@ -136,21 +168,47 @@ def stage_configs(recipe: DictConfig) -> list[tuple[str, DictConfig]]:
     return list(named.items())
 
 
-def setup_task(config: DictConfig) -> BaseTask:
+def run_config(config: DictConfig | Config) -> RunConfig:
+    """Give the typed `run:` section of one run.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value, or no or an unknown `run.task`.
+    """
+    if not isinstance(config, Config):
+        return configs.check(config, Recipe).run
+    name = config.run_cfg.get("task")
+    return lavis_run_config(config, registry.get_task_class(name) if name else BaseTask)
+
+
+def setup_task(config: DictConfig | Config) -> BaseTask:
     """Check one merged stage and build its task.
 
     Raises:
         ConfigError: no or unknown `run.task` or `run.runner`, no such device, or whatever the task finds wrong.
     """
-    run = configs.check(config, Recipe).run
+    run = run_config(config)
     registry.get_runner_class(run.runner)
+    registry.get_lr_scheduler_class(run.lr_sched)
     resolve_device(run.device)
     if not run.task:
         raise ConfigError("The recipe has no run.task; name one, for example `run: {task: scenes}`.")
     return registry.get_task_class(run.task).setup_task(config)
 
 
-def check(recipe: DictConfig, *, only: str | None = None) -> list[tuple[str, DictConfig]]:
+def check_data(config: Config) -> None:
+    """Check the data sections of a LAVIS recipe as far as that fetches nothing.
+
+    Raises:
+        ConfigError: no data, an unknown key, or a wrong value.
+        DataError: a file is absent and has no URL.
+    """
+    if not config.datasets_cfg:
+        raise ConfigError("The recipe has no datasets; name one, for example `datasets: {coco_caption: ...}`.")
+    for name, section in config.datasets_cfg.items():
+        registry.get_builder_class(str(name))(section).check()
+
+
+def check(recipe: DictConfig | Config, *, only: str | None = None) -> list[tuple[str, Any]]:
     """Check every stage of the recipe as far as that needs nothing heavy; give those to run, as `stage_configs` does.
 
     Raises:
@@ -164,36 +222,52 @@ def check(recipe: DictConfig, *, only: str | None = None) -> list[tuple[str, Dic
         )
     for _, config in stages:
         setup_task(config).check_training()
+        if isinstance(config, Config):
+            check_data(config)
     return [(name, config) for name, config in stages if only in (None, name)]
 
 
-def train(recipe: DictConfig, *, only: str | None = None, report: Report | None = None) -> dict[str, Path]:
+def train(
+    recipe: DictConfig | Config, *, only: str | None = None, report: Report | None = None, force: bool = False
+) -> dict[str, Path]:
     """Run every stage of the recipe, or `only` one, and give their folders by name; all are checked before the first.
 
+    Args:
+        recipe: as `open_recipe` gives it.
+        only: the stage to run.
+        report: hears of what happens.
+        force: go on in a folder that was begun with other settings.
+
     Raises:
-        ConfigError: the recipe is wrong, `only` names no stage of it, or a stage starts from one that is not finished.
+        ConfigError: the recipe is wrong, `only` names no stage of it, a stage starts from one that is not finished, or
+            a folder was begun with other settings.
         CheckpointError: a folder holds a run of another model.
     """
-    return {name: _run_stage(name, config, report) for name, config in check(recipe, only=only)}
+    return {name: _run_stage(name, config, report, force) for name, config in check(recipe, only=only)}
 
 
-def _run_stage(name: str, config: DictConfig, report: Report | None) -> Path:
-    folder = Path(config.run.output_dir)
-    _warn_of_changes(config, folder)
+def _run_stage(name: str, config: DictConfig | Config, report: Report | None, force: bool) -> Path:
+    run, merged = run_config(config), config.config if isinstance(config, Config) else config
+    folder = Path(run.output_dir)
+    _refuse_changes(merged, folder, force)
     cost = read_cost(folder)
     is_new = cost is None
     if cost is None:
-        run = configs.check(config, Recipe).run
+        seed_all(run.seed)
         task = setup_task(config)
-        model = task.build_model()
-        runner: RunnerBase = registry.get_runner_class(run.runner)(run, task, model, task.build_datasets())
+        model = task.build_model(config)
+        datasets = task.build_datasets(config)
+        told = config if isinstance(config, Config) else run
+        runner: RunnerBase = registry.get_runner_class(run.runner)(told, task, model, datasets)
         if dist.is_main():
-            configs.save(config, folder / CONFIG_FILE)
+            configs.save(merged, folder / CONFIG_FILE)
+            configs.write_json(environment(), folder / ENVIRONMENT_FILE)
             runner.progress = report.started(name, runner) if report else None
         runner.train()
         seconds = round(runner.seconds, 1), round(runner.cpu_seconds, 1)
         cost = Cost(runner.num_samples, runner.step, *seconds)
-        if dist.is_main():
+        runner.engine.make_whole(runner.model)
+        if dist.is_main() and not run.evaluate:
             task.finish(runner.model, folder)
             configs.write_json(asdict(cost), folder / DONE_FILE)
         dist.wait_for_all()
@@ -218,27 +292,59 @@ def read_cost(folder: Path) -> Cost | None:
         raise CheckpointError(f"{path} is damaged ({error}); delete it, and the run is finished anew.") from error
 
 
-def _warn_of_changes(config: DictConfig, folder: Path) -> None:
-    """Warn where a folder was begun with other settings: what is there is kept, and goes on under the new ones."""
+def seed_all(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch, in all processes alike."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def environment() -> dict[str, Any]:
+    """Give what a run was made with: versions, machine, command, and the git revision of the working folder."""
+    try:
+        asked = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+        revision = asked.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        revision = None
+    return {
+        "command": sys.argv,
+        "git_revision": revision,
+        "processes": dist.world_size(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {"lavish": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "devices": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+    }
+
+
+def _refuse_changes(config: DictConfig, folder: Path, force: bool) -> None:
+    """Refuse a folder that was begun with other settings, unless it is to go on under the new ones.
+
+    Raises:
+        ConfigError: says what differs.
+    """
     path = folder / CONFIG_FILE
     if not path.exists():
         return
     before, now = _flat(configs.load_yaml(path)), _flat(config)
+    is_lavis = "model.model_type" in now
     keys = [key for key in before | now if key.removeprefix("run.") not in CHANGEABLE]
     changed = [
         f"{key}: {before.get(key, 'not set')!r} -> {now.get(key, 'not set')!r}"
         for key in keys
         if before.get(key) != now.get(key)
-        # `run:` is saved with its defaults: a key that one side lacks is of another version of lavish.
-        and (not key.startswith("run.") or (key in before and key in now))
+        # Recipes with stages save `run:` with its defaults: a key that is absent is of another version of lavish.
+        and (is_lavis or not key.startswith("run.") or (key in before and key in now))
     ]
-    if changed:
-        logger.warning(
-            "%s was begun with other settings (%s). What is finished there stays as it is, and the rest goes on with "
-            "the new ones; delete the folder, or set another run.output_dir, to start anew.",
-            folder,
-            "; ".join(changed),
+    if not changed:
+        return
+    difference = f"{folder} was begun with other settings ({'; '.join(changed)})."
+    if not force:
+        raise ConfigError(
+            f"{difference} Set another run.output_dir, delete the folder to start anew, or go on under the new "
+            "settings with --force; what is finished stays as it is."
         )
+    logger.warning("%s What is finished there stays as it is, and the rest goes on with the new ones.", difference)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

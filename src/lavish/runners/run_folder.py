@@ -7,7 +7,6 @@ killed at any moment resumes from a whole one. One run at a time trains in a fol
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -25,6 +24,11 @@ from safetensors import SafetensorError
 from lavish.common import dist
 from lavish.common.errors import CheckpointError, ConfigError
 from lavish.runners.engines import MODEL_FILE, SHARDS, Mismatch
+
+try:
+    import fcntl
+except ImportError:  # Windows: a second run is not noticed there
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,8 @@ class RunFolder:
         """
         with (self.path / LOCK_FILE).open("a+", encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 file.seek(0)
                 raise ConfigError(
