@@ -17,10 +17,10 @@ from lavish.checkpoints import hf
 from lavish.checkpoints.qwen import qwen_rules
 from lavish.checkpoints.rules import plan, reverse
 from lavish.common.errors import ConfigError, PromptError
+from lavish.nn.losses import causal_loss
 from lavish.nn.qwen import (
     QwenConfig,
     QwenDecoder,
-    causal_loss,
     causal_output,
     fill_slots,
     logn_scale,

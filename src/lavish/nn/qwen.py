@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 
 from lavish.common.errors import ConfigError, PromptError, shown
+from lavish.nn.losses import causal_loss
 
 # -- config ------------------------------------------------------------------------------------------------------------
 
@@ -365,13 +366,6 @@ def causal_output(
         logits=logits,
         past_key_values=past_key_values,
     )
-
-
-def causal_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Give the mean next-token cross entropy over the label tokens (batch, seq), which are not -100; 0 without any."""
-    targets = labels[:, 1:].to(logits.device)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return loss / (targets != -100).sum().clamp(min=1)
 
 
 def _num_tokens(attention_mask: torch.Tensor | None, rows: int, num_keys: int) -> list[int]:

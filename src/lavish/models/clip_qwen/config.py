@@ -15,6 +15,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from lavish.common.errors import ConfigError, did_you_mean, shown
 from lavish.nn.qwen import QwenConfig
+from lavish.nn.qwen_chat import QwenChatConfig
 from lavish.processors.pixels import CLIP_MEAN, CLIP_STD
 
 MAX_LAYERS = 1000
@@ -34,7 +35,7 @@ SIZES = {
 }
 
 
-class ClipQwenConfig(PreTrainedConfig):
+class ClipQwenConfig(QwenChatConfig):
     """A CLIP + Qwen network. The defaults are those of Qwen-7B-Chat with clip-vit-large-patch14.
 
     Raises: ConfigError where two fields cannot be true together.
@@ -110,55 +111,9 @@ class ClipQwenConfig(PreTrainedConfig):
         return cast(CLIPVisionConfig, self.vision_config)
 
     @property
-    def text(self) -> QwenConfig:
-        """`text_config`, as `tower`."""
-        return cast(QwenConfig, self.text_config)
-
-    @property
     def num_image_tokens(self) -> int:
         """Slots of one image: the patches, the class row left out."""
         return (cast(int, self.tower.image_size) // cast(int, self.tower.patch_size)) ** 2
-
-    # What generation and inference ask of a config stands in the decoder's.
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding table."""
-        return self.text.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the decoder."""
-        return self.text.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Layers of the decoder."""
-        return self.text.num_hidden_layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Heads of the decoder."""
-        return self.text.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """As many as heads."""
-        return self.text.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head of the decoder."""
-        return self.text.hidden_size // self.text.num_attention_heads
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Tokens of context; an image takes `num_image_tokens` of them."""
-        return self.text.max_position_embeddings
-
-    def get_text_config(self, decoder=None, encoder=None):
-        """As transformers': the decoder's config, whose sizes a cache is made with."""
-        return self.text
 
 
 def read_config(config: dict[str, Any], where: str, **overrides: Any) -> ClipQwenConfig:

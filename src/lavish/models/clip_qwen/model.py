@@ -9,23 +9,21 @@ Not here: the decoder (nn/qwen.py), prompts and pixels (processor.py), sampling 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, CLIPVisionModel, GenerationMixin, PreTrainedModel
+from transformers import CLIPVisionModel
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lavish.common.errors import ConfigError, PromptError
+from lavish.common.errors import PromptError
 from lavish.models.clip_qwen.config import ClipQwenConfig
-from lavish.nn.qwen import QwenDecoder, causal_output, fill_slots, positions_from_mask, request_alphas
+from lavish.nn.qwen import QwenDecoder
+from lavish.nn.qwen_chat import QwenChatModel
 
 logger = logging.getLogger(__name__)
 
 
-class ClipQwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class ClipQwenForConditionalGeneration(QwenChatModel):
     """The network. `input_ids` hold one id `image_token_id` for each of an image's patches.
 
     The release holds one id and puts the patches in its place; here the slots are there from the start, so logits have
@@ -35,14 +33,7 @@ class ClipQwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = ClipQwenConfig
     config: ClipQwenConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    input_modalities = ["image", "text"]
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _no_split_modules = ["Qwen2DecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _can_compile_fullgraph = False
 
     def __init__(self, config: ClipQwenConfig):
         super().__init__(config)
@@ -74,15 +65,6 @@ class ClipQwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.vision_tower.eval()
         return self
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_submodule("embed_tokens", value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
     # -- images --------------------------------------------------------------------------------------------------------
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -97,122 +79,6 @@ class ClipQwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values = pixel_values.to(pixel_values.device if weight.is_meta else weight.device)
         vision_hidden_states = self.vision_tower(pixel_values).last_hidden_state[:, 1:]  # without the class row
         return self.projector(vision_hidden_states.to(self.projector[0].weight.dtype))  # which may train in float32
-
-    def image_slots(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Tell the image slots: user text never becomes their id. (batch, seq) -> bool (batch, seq)."""
-        return input_ids == self.config.image_token_id
-
-    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed the ids, the features (images, patches, hidden) over their slots in reading order.
-
-        Shapes: (batch, seq) -> (batch, seq, hidden).
-        Raises:
-            PromptError: another number of slots than of features.
-        """
-        inputs_embeds = self.language_model.embed_tokens(input_ids)
-        return fill_slots(inputs_embeds, self.image_slots(input_ids), image_features)
-
-    # -- the decoder, as inference runs it -----------------------------------------------------------------------------
-
-    def position_ids_from(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Count each row from its first real token. (batch, seq) -> (batch, seq)."""
-        return positions_from_mask(input_ids, attention_mask)
-
-    def request_state(self, num_tokens: Sequence[int]) -> tuple[float, ...] | None:
-        """Give the NTK alpha of each row by the tokens of its prompt; decode steps keep it."""
-        return request_alphas(self.config.text, num_tokens)
-
-    def decode_hidden(
-        self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        request_state: tuple[float, ...] | None,
-    ) -> torch.Tensor:
-        """Run the decoder, final norm included. (batch, seq, hidden) -> (batch, seq, hidden)."""
-        return self.language_model(inputs_embeds, position_ids, attention_mask, past_key_values, request_state)
-
-    # -- the public forward --------------------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        token_type_ids: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> CausalLMOutputWithPast | tuple:
-        """Run the network.
-
-        Args:
-            input_ids: (batch, seq); with a cache the new tokens only.
-            attention_mask: (batch, past + seq), 0 on padding; None: no padding.
-            pixel_values: (images, 3, S, S), in the reading order of the slots over the rows.
-            position_ids: ignored, see the class.
-            inputs_embeds: instead of `input_ids`, images included.
-            image_features: of `get_image_features`; the tower is skipped.
-            labels: (batch, seq), -100 = ignore; shifted by one here. The loss is the mean over label tokens.
-            logits_to_keep: logits of the last so many columns only; 0: of all.
-            token_type_ids: ignored: the ids tell the slots.
-        Raises: PromptError if slots and images do not fit together; ConfigError if inner states are asked for.
-        """
-        if output_hidden_states or output_attentions:
-            raise ConfigError("output_hidden_states or output_attentions was asked; this network keeps neither.")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise PromptError("forward got both or none of input_ids and inputs_embeds; give exactly one.")
-        if inputs_embeds is None:
-            inputs_embeds = self._embed_new(input_ids, pixel_values, image_features, past_key_values)
-        elif pixel_values is not None or image_features is not None:
-            raise PromptError("inputs_embeds hold their images already; leave pixel_values and image_features out.")
-        output = causal_output(
-            self.language_model,
-            self.lm_head,
-            inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            labels=labels,
-            use_cache=not self.training if use_cache is None else use_cache,
-            logits_to_keep=logits_to_keep,
-        )
-        return output if return_dict is None or return_dict else output.to_tuple()
-
-    def _embed_new(self, input_ids, pixel_values, image_features, past_key_values) -> torch.Tensor:
-        """Embed the ids, with the images that are not in the cache already."""
-        if pixel_values is not None and image_features is not None:
-            raise PromptError("forward got pixel_values and image_features; give one of them.")
-        is_prefill = past_key_values is None or int(past_key_values.get_seq_length()) == 0
-        if not is_prefill and input_ids.shape[1] == 1:
-            return self.language_model.embed_tokens(input_ids)  # a generated id is a word, whatever it is
-        if image_features is None and pixel_values is not None:
-            image_features = self.get_image_features(pixel_values)
-        return self.embed(input_ids, image_features)
-
-    # -- generation ----------------------------------------------------------------------------------------------------
-
-    def prepare_inputs_for_generation(
-        self, input_ids, pixel_values=None, image_features=None, is_first_iteration=False, **kwargs: Any
-    ):
-        """As transformers', except: images go with the prefill only (with every step where there is no cache)."""
-        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            inputs |= {"pixel_values": pixel_values, "image_features": image_features}
-        return inputs
-
-    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
-        """No mask is no padding. Trap: transformers reads one off the pad id, which ends an answer too."""
-        return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
 
 
 TRAINABLE = ("projector.", ".lora_A.", ".lora_B.")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,7 +30,9 @@ from lavish.models.cogvlm.routing import (
     vision_expert_mask,
 )
 from lavish.nn.eva2_clip import EVA2CLIPModel
+from lavish.nn.generation import RopeDeltasGenerationMixin
 from lavish.nn.linear import Linear
+from lavish.nn.losses import causal_loss
 
 MANY_TOKENS = 64  # from here on a norm saves memory traffic, below it (a decoding step) it saves calls
 
@@ -396,7 +398,7 @@ class CogVLMOutputWithPast(CausalLMOutputWithPast):
     """(batch, 1), cache slots so far minus the next position: an image takes `num_image_tokens` slots, 3 positions."""
 
 
-class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
+class CogVLMForCausalLM(PreTrainedModel, RopeDeltasGenerationMixin):
     """CogVLM or CogVLM2 with its head, by the config.
 
     Positions and expert routing follow from `token_type_ids` and `attention_mask` alone. `position_ids` is in the
@@ -540,61 +542,3 @@ class CogVLMForCausalLM(PreTrainedModel, GenerationMixin):
                 "get_image_features gives."
             )
         return image_features
-
-    # -- generation: transformers' loop, our positions -----------------------------------------------------------------
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        position_ids=None,
-        token_type_ids=None,
-        image_features=None,
-        rope_deltas=None,
-        **kwargs,  # the rest of transformers' generation arguments, passed on by name
-    ):
-        """As transformers', except: no position_ids, and a prefill gets whole token_type_ids and its plain 2D mask."""
-        model_inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            model_inputs["attention_mask"] = attention_mask
-            model_inputs["token_type_ids"] = token_type_ids
-            model_inputs["image_features"] = image_features
-        return model_inputs | {"rope_deltas": rope_deltas}
-
-    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
-        """No mask is no padding. Trap: transformers reads one off the pad id, which is the image placeholder too."""
-        return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
-        """Keep the deltas with the call, and make new tokens text.
-
-        Trap: transformers repeats the last type, which is an eoi's where the prompt ends with the image.
-        """
-        token_type_ids = model_kwargs.pop("token_type_ids", None)
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
-        if token_type_ids is not None:
-            model_kwargs["token_type_ids"] = F.pad(token_type_ids, (0, num_new_tokens), value=0)
-        if model_kwargs.get("use_cache", True):
-            model_kwargs["rope_deltas"] = outputs["rope_deltas"]
-        return model_kwargs
-
-
-def causal_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Give the mean next-token cross entropy over the label tokens (batch, seq) of the batch; 0 where there is none."""
-    targets = labels[:, 1:].to(logits.device)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return loss / (targets != -100).sum().clamp(min=1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,7 +24,9 @@ from lavish.common.errors import ConfigError, PromptError
 from lavish.models.glm4v_9b import places
 from lavish.models.glm4v_9b.config import ChatGLMConfig, check_released
 from lavish.nn.eva2_clip import EVA2CLIPModel
+from lavish.nn.generation import RopeDeltasGenerationMixin
 from lavish.nn.linear import Linear
+from lavish.nn.losses import causal_loss
 
 # -- rotary embedding --------------------------------------------------------------------------------------------------
 
@@ -300,7 +302,7 @@ class ChatGLMOutputWithPast(CausalLMOutputWithPast):
     """(batch, 1), cache slots so far minus the next position: an image takes `num_image_tokens` slots, 3 positions."""
 
 
-class Glm4v9bForCausalLM(PreTrainedModel, GenerationMixin):
+class Glm4v9bForCausalLM(PreTrainedModel, RopeDeltasGenerationMixin):
     """GLM-4V-9B with its head.
 
     Positions follow from `input_ids` and `attention_mask` alone. `position_ids` is in the signature because PEFT and
@@ -517,51 +519,6 @@ class Glm4v9bForCausalLM(PreTrainedModel, GenerationMixin):
             image_features = self.get_image_features(pixel_values)
         return self.embed(input_ids, image_features)
 
-    # -- generation: transformers' loop, our positions -----------------------------------------------------------------
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        position_ids=None,
-        token_type_ids=None,
-        image_features=None,
-        rope_deltas=None,
-        **kwargs,  # the rest of transformers' generation arguments, passed on by name
-    ):
-        """As transformers', except: no position_ids, and a prefill gets its plain 2D mask."""
-        model_inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            model_inputs["attention_mask"] = attention_mask
-            model_inputs["image_features"] = image_features
-        return model_inputs | {"rope_deltas": rope_deltas}
-
-    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
-        """No mask is no padding. Trap: transformers reads one off the pad id, which stands in every image's slots."""
-        return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
-        """Keep the deltas with the call."""
-        model_kwargs.pop("token_type_ids", None)
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
-        if model_kwargs.get("use_cache", True):
-            model_kwargs["rope_deltas"] = outputs["rope_deltas"]
-        return model_kwargs
-
 
 def _checked_deltas(rope_deltas: torch.Tensor | None, rows: int, device) -> torch.Tensor:
     if rope_deltas is None:
@@ -572,10 +529,3 @@ def _checked_deltas(rope_deltas: torch.Tensor | None, rows: int, device) -> torc
             "of the rows, repeated or selected like the cache."
         )
     return rope_deltas.to(device)
-
-
-def causal_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Give the mean next-token cross entropy over the label tokens (batch, seq) of the batch; 0 where there is none."""
-    targets = labels[:, 1:].to(logits.device)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return loss / (targets != -100).sum().clamp(min=1)

@@ -14,6 +14,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from lavish.common.errors import ConfigError, did_you_mean, shown
 from lavish.nn.qwen import QwenConfig
+from lavish.nn.qwen_chat import QwenChatConfig
 
 MAX_LAYERS = 1000
 """The deepest part released has 40."""
@@ -41,7 +42,7 @@ SIZES = {
 }
 
 
-class MiniGPT4QwenConfig(PreTrainedConfig):
+class MiniGPT4QwenConfig(QwenChatConfig):
     """A MiniGPT4-Qwen or MPP-LLaVA network. The defaults are the 7B release's, apart from its token ids.
 
     Raises: ConfigError where two fields cannot be true together.
@@ -114,55 +115,9 @@ class MiniGPT4QwenConfig(PreTrainedConfig):
         return cast(Blip2QFormerConfig, self.qformer_config)
 
     @property
-    def text(self) -> QwenConfig:
-        """`text_config`, as `vision`."""
-        return cast(QwenConfig, self.text_config)
-
-    # What generation and inference ask of a config stands in the decoder's.
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding table."""
-        return self.text.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the decoder."""
-        return self.text.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Layers of the decoder."""
-        return self.text.num_hidden_layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Heads of the decoder."""
-        return self.text.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """As many as heads."""
-        return self.text.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head of the decoder."""
-        return self.text.hidden_size // self.text.num_attention_heads
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Tokens of context; an image takes `num_query_tokens` of them."""
-        return self.text.max_position_embeddings
-
-    @property
     def num_image_tokens(self) -> int:
         """Slots of one image."""
         return self.num_query_tokens
-
-    def get_text_config(self, decoder=None, encoder=None):
-        """As transformers': the decoder's config, whose sizes a cache is made with."""
-        return self.text
 
 
 def read_config(config: dict[str, Any], where: str, **overrides: Any) -> MiniGPT4QwenConfig:
