@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lavish.checkpoints.json_file import read_optional_object
 from lavish.checkpoints.output import Output
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import ConfigError
@@ -28,17 +29,18 @@ if TYPE_CHECKING:
 class Lora:
     """A LoRA that lies in the same files as the weights that it changes (SAT)."""
 
+    path: Path
+    """Of the checkpoint."""
     fields: dict[str, Any]
     """As in an adapter_config.json of PEFT."""
     tensors: tuple[Output, ...]
     """Its matrices, under PEFT's names."""
     deltas: Mapping[str, Callable[[], torch.Tensor]]
-    """Name of a weight of `Release.tensors` -> what the LoRA adds to it, float32; see `add`."""
+    """Name of a weight of `Release.tensors` -> what is added to it when the LoRA is merged: a product in float32, which
+    the release casts to the weight's dtype first."""
 
-    def add(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Give a weight with its part of the LoRA added, as the release merges it: the product in float32, cast to the
-        weight's dtype before it is added."""
-        return weight + self.deltas[name]().to(weight.dtype) if name in self.deltas else weight
+    def __str__(self) -> str:
+        return f"what lies beside the weights of {self.path}"
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,33 @@ class Release:
     """Read a tokenizer from there, or from the folder that `lavish.load(tokenizer=...)` names."""
     generation_config: dict[str, Any] = field(default_factory=dict)
     """Of a generation_config.json: eos_token_id, temperature, top_p ..."""
-    adapter: Path | None = None
-    """Folder of the LoRA that the release consists of too; None: it has none."""
+    adapter: Path | Lora | None = None
+    """The LoRA that the release consists of too, a folder or in the same files; None: it has none."""
     adapted: Callable[[Any], None] | None = None
     """Called with the network once an adapter is on it."""
-    lora: Lora | None = None
-    """What lies on `tensors` from the same files; None: nothing does."""
 
 
 def merged(path: Path, parts: Iterable[tuple[str, TensorMap]]) -> TensorMap:
     """Give several maps as one, each with a prefix before its names; of equal names the last one counts."""
     infos = {prefix + name: info for prefix, tensors in parts for name, info in tensors.infos.items()}
     return TensorMap(path, infos)
+
+
+def with_config(folder: Path | None, model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay a config.json that lavish put beside a release's pieces over the fields that the pieces say: it holds what no
+    file of theirs does, such as head counts.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    beside = {} if folder is None else read_optional_object(folder / "config.json")
+    if beside.get("model_type") != model_type:
+        return dict(fields)
+    laid: dict[str, Any] = {**fields, **beside}
+    for name, section in fields.items():
+        if isinstance(section, Mapping) and isinstance(beside.get(name), Mapping):
+            laid[name] = {**section, **beside[name]}
+    return laid
 
 
 def find_piece(name: str, path: Path, pieces: Mapping[str, Path], here: Iterable[Path]) -> Path:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lavish.checkpoints import hf, hub
 from lavish.checkpoints.json_file import read_object
+from lavish.checkpoints.release import Lora
 from lavish.common.errors import (
     CheckpointError,
     ConfigError,
@@ -73,10 +74,13 @@ def _checked_base(base: Path, adapter: Path) -> Path:
     return base
 
 
-def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, native: NativeAdapter | None = None) -> Any:
+def apply_adapter(
+    network: Any, adapter: Path | Lora, *, name: str = DEFAULT_NAME, native: NativeAdapter | None = None
+) -> Any:
     """Put a LoRA adapter on a network, or one more on a `PeftModel`, and give the `PeftModel`, in evaluation mode.
 
-    With a name that is taken or tensors that do not fit, the network is left as it was.
+    `adapter` is a folder, or what a release holds in the files of its weights. With a name that is taken or tensors
+    that do not fit, the network is left as it was.
 
     Raises:
         ConfigError: an adapter of another kind than LoRA or for another family, a name that is taken, or a network
@@ -91,14 +95,8 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
         raise MissingDependency("adapter= needs peft, which is not installed: pip install 'lavish[train]'.") from error
     if not isinstance(name, str) or not name or "." in name:
         raise ConfigError(f"An adapter's name must be a text without a dot, not {shown(name)}.")
-    fields = read_fields(folder)
-    weights = next((folder / file for file in ADAPTER_FILES if (folder / file).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder}: no adapter weights; looked for {' and '.join(ADAPTER_FILES)}.")
-    found: dict[str, Any] = dict(hf.read(weights))
-    if native is not None:
-        fields, found = native(fields, found)
-    check_fields(folder, fields, found)
+    folder = adapter.path if isinstance(adapter, Lora) else adapter
+    fields, found, weights = read_adapter(adapter, native)
     config = LoraConfig(**_lora_fields(folder, fields, LoraConfig))
     if is_quantized(network):
         _check_plain(folder, fields)
@@ -136,6 +134,25 @@ def apply_adapter(network: Any, folder: Path, *, name: str = DEFAULT_NAME, nativ
     # For whoever saves it; not before, peft would look for that model's config on the hub.
     model.peft_config[name].base_model_name_or_path = fields.get("base_model_name_or_path")
     return model.eval()
+
+
+def read_adapter(adapter: Path | Lora, native: NativeAdapter | None) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """Read an adapter's fields and tensors, by the names of our modules where `native` leads to them, and the file.
+
+    Raises:
+        ConfigError: no LoRA, or wrong fields. CheckpointError: its files are absent or damaged.
+    """
+    if isinstance(adapter, Lora):
+        return dict(adapter.fields), {output.name: output.make() for output in adapter.tensors}, adapter.path
+    fields = read_fields(adapter)
+    weights = next((adapter / file for file in ADAPTER_FILES if (adapter / file).is_file()), None)
+    if weights is None:
+        raise CheckpointError(f"{adapter}: no adapter weights; looked for {' and '.join(ADAPTER_FILES)}.")
+    found: dict[str, Any] = dict(hf.read(weights))
+    if native is not None:
+        fields, found = native(fields, found)
+    check_fields(adapter, fields, found)
+    return fields, found, weights
 
 
 def take_off(model: Any, merged: str | None = None) -> Any:

@@ -27,7 +27,7 @@ from lavish.checkpoints.json_file import read_optional_object
 from lavish.checkpoints.layouts import config_folder, read_config_json, read_weights
 from lavish.checkpoints.loading import load_into
 from lavish.checkpoints.placement import resolve_device, resolve_dtype
-from lavish.checkpoints.release import Release
+from lavish.checkpoints.release import Lora, Release
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout, check_path, did_you_mean, shown
 from lavish.inference import layer_split, packing
@@ -158,7 +158,8 @@ def load(
     else:
         network = _load_network(release, weight_dtype, target, quantization, quantize_vision)
     if adapter is not None:
-        network = apply_adapter(network, Path(adapter), native=release.family.native_adapter)
+        found = adapter if isinstance(adapter, Lora) else Path(adapter)
+        network = apply_adapter(network, found, native=release.family.native_adapter)
         if release.release is not None and release.release.adapted is not None:
             release.release.adapted(network)
     if is_packed:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from lavish.checkpoints import hf
 from lavish.checkpoints.output import Output, TargetOptions, TargetPlan, safetensors_files
+from lavish.checkpoints.release import Lora
 from lavish.common.errors import CheckpointError, ConfigError, MissingKeys
-from lavish.inference.adapters import ADAPTER_CONFIG, ADAPTER_FILES, NativeAdapter, check_fields, read_fields
+from lavish.inference.adapters import ADAPTER_CONFIG, NativeAdapter, read_adapter
 
 PREFIX = "base_model.model."
 """Before every name of an adapter's file."""
@@ -35,6 +35,8 @@ class Delta:
     up: torch.Tensor | None = None
     scaling: float = 1.0
     replacement: torch.Tensor | None = None
+    product: Callable[[], torch.Tensor] | None = None
+    """Gives what is added, in float32; as the release does, it is cast to the weight's dtype first."""
 
     def added(self, output: Output, options: TargetOptions, whole: Callable[[], torch.Tensor]) -> Output:
         """Give the output that is written instead; `whole` gives the tensor as it is stored.
@@ -49,6 +51,14 @@ class Delta:
                 )
             value = self.replacement
             return replace(output, make=lambda: options.cast(output.name, value, output.dtype), release=_nothing)
+        if self.product is not None:
+            product = self.product
+
+            def add() -> torch.Tensor:
+                value = whole()
+                return options.cast(output.name, value + product().to(value.dtype), output.dtype)
+
+            return replace(output, make=add, release=_nothing)
         up, down = self.up, self.down
         if up is None or down is None:  # `deltas` makes no such one
             return output
@@ -66,14 +76,17 @@ class Delta:
         return replace(output, make=make, release=_nothing)
 
 
-def deltas(folder: Path, native: NativeAdapter | None, names: Mapping[str, Any]) -> dict[str, Delta]:
+def deltas(adapter: Path | Lora, native: NativeAdapter | None, names: Mapping[str, Any]) -> dict[str, Delta]:
     """Read an adapter as what it does to each tensor of a network, whose tensors are `names`.
 
     Raises:
         ConfigError: of another kind than plain LoRA.
         CheckpointError: a tensor that has no place in the network, or half a pair.
     """
-    fields, tensors = read_adapter(folder, native)
+    if isinstance(adapter, Lora):
+        return {name: Delta(product=product) for name, product in adapter.deltas.items()}
+    folder = adapter
+    fields, tensors, _ = read_adapter(folder, native)
     where = folder / ADAPTER_CONFIG
     if fields.get("use_dora") or any(part in name for name in tensors for part in _BEYOND):
         raise ConfigError(
@@ -100,26 +113,11 @@ def deltas(folder: Path, native: NativeAdapter | None, names: Mapping[str, Any])
     return found
 
 
-def read_adapter(folder: Path, native: NativeAdapter | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read an adapter's fields and tensors, by the names of our modules where `native` leads to them.
-
-    Raises:
-        ConfigError: no LoRA, or wrong fields. CheckpointError: its files are absent or damaged.
-    """
-    fields = read_fields(folder)
-    weights = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder}: no adapter weights; looked for {' and '.join(ADAPTER_FILES)}.")
-    found: dict[str, Any] = dict(hf.read(weights))
-    if native is not None:
-        fields, found = native(fields, found)
-    check_fields(folder, fields, found)
-    return fields, found
-
-
-def plan_adapter(folder: Path, native: NativeAdapter | None, options: TargetOptions, base: str | None) -> TargetPlan:
+def plan_adapter(
+    adapter: Path | Lora, native: NativeAdapter | None, options: TargetOptions, base: str | None
+) -> TargetPlan:
     """Say how an adapter is written as a PEFT folder: safetensors, and adapter_config.json."""
-    fields, tensors = read_adapter(folder, native)
+    fields, tensors, _ = read_adapter(adapter, native)
     if base is not None:
         fields["base_model_name_or_path"] = base
     return adapter_plan(fields, tensors, options)

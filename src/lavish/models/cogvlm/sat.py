@@ -74,7 +74,7 @@ def open_release(path: Path) -> Release:
     tensors = TensorMap(root, from_sat(root, weights, fields["num_hidden_layers"]))
     lora = read_lora(root, opened, matrices, tensors) if matrices else None
     read_tokenizer = partial(_load_tokenizer, vocab_size=fields["vocab_size"])
-    return Release(fields, tensors, root, read_tokenizer, lora=lora)
+    return Release(fields, tensors, root, read_tokenizer, adapter=lora)
 
 
 def _load_tokenizer(folder: Path, vocab_size: int) -> Any:

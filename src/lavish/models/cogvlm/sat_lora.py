@@ -77,6 +77,7 @@ def read_lora(root: Path, opened: sat.SatCheckpoint, matrices: Mapping[str, Stor
         )
     scaling = LORA_ALPHA / rank
     return Lora(
+        root,
         _adapter_fields(pairs, rank, tensors),
         tuple(output for weight, found in pairs.items() for output in _adapter(weight, found, opened.tensors)),
         {weight: partial(_delta, opened.tensors, found, scaling) for weight, found in pairs.items()},
