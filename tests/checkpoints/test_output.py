@@ -181,6 +181,7 @@ def test_a_source_that_is_gone_is_told_apart_from_a_bad_disk(tmp_path: Path) -> 
     files = (TensorFile("a.safetensors", (Output("a", (3,), "float32", gone),), SafetensorsFormat),)
     with pytest.raises(CheckpointError, match="'a' cannot be read from its source: no source any more"):
         write(tmp_path / "new", TargetPlan(files))
+    assert list(tmp_path.iterdir()) == []  # the same call would stop there again
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerance import MERGED_WEIGHT
 
 import lavish
 from lavish.checkpoints import hf
@@ -138,7 +139,7 @@ def test_a_lora_among_the_pieces_is_merged_or_written_alone(tmp_path: Path) -> N
     expected = loaded.model.merge_and_unload().state_dict()
     merged = lavish.load(tmp_path / "merged", device="cpu").model.state_dict()
     for name, value in expected.items():
-        torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(merged[name], value, **MERGED_WEIGHT)
     assert any(not torch.equal(merged[name], value) for name, value in hf_weights(tmp_path).items())
     base = lavish.load(tmp_path / "base", device="cpu")
     again = PeftModel.from_pretrained(base.model, tmp_path / "lora").merge_and_unload().state_dict()
@@ -179,7 +180,7 @@ def test_an_adapter_is_merged_into_its_base(adapter: Path, tmp_path: Path) -> No
     expected = lavish.load(V2, adapter=adapter, device="cpu").model.merge_and_unload().state_dict()
     found = lavish.load(tmp_path / "new", device="cpu").model.state_dict()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[name], value, **MERGED_WEIGHT)
 
 
 def test_merging_rounds_once(adapter: Path, tmp_path: Path) -> None:

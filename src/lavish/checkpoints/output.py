@@ -294,7 +294,7 @@ def write_plan(
         ConfigError: the destination exists, a single file cannot hold the plan, or what lies unfinished there is of
             another conversion.
         OutputError: the disk is full or cannot be written; what is there stays, for a rerun.
-        CheckpointError: as the tensors are made.
+        CheckpointError: as the tensors are made; then nothing is left.
     """
     destination = Path(destination)
     check_destination(destination)
@@ -308,8 +308,12 @@ def write_plan(
             resumed = writing.take_up(journal)
             if not resumed:
                 _check_space(plan, partial, destination)
-            for index in range(len(plan.files)):
-                writing.write_file(index)
+            try:
+                for index in range(len(plan.files)):
+                    writing.write_file(index)
+            except CheckpointError:  # of the source: the same command would stop here again
+                shutil.rmtree(partial)
+                raise
             _publish(plan, partial, destination)
     return resumed
 

@@ -32,7 +32,7 @@ def command(
         typer.Argument(metavar="DST", show_default=False, help="Folder (or .ckpt, .pth, .safetensors) to write."),
     ] = None,
     to: Annotated[
-        str, typer.Option("--to", metavar="LAYOUT", help="hf, sat, lavis, mindspore, or peft for its LoRA alone.")
+        str, typer.Option("--to", metavar="LAYOUT", help="hf, sat, lavis, mindspore, vlm_learning, or peft: its LoRA.")
     ] = "hf",
     dtype: Annotated[
         str | None,

@@ -47,7 +47,7 @@ def plan_hf(source: Source, options: TargetOptions, tokenizer: str | Path | None
     files, texts = safetensors_files(outputs, options.max_shard_bytes)
     notes: list[str] = []
     texts |= {CONFIG: _config_text(source, options, outputs), **_generation(source)}
-    copies = _small_files(source.path, [*texts]) if source.is_folder_of_release else {}
+    copies = _small_files(source.folder, [*texts]) if source.is_folder_of_release else {}
     if tokenizer is not None or not source.is_folder_of_release:
         made = _processor_files(source, tokenizer, notes)
         copies = {name: path for name, path in copies.items() if name not in made}
@@ -57,7 +57,10 @@ def plan_hf(source: Source, options: TargetOptions, tokenizer: str | Path | None
 
 def _config_text(source: Source, options: TargetOptions, outputs: list[Output]) -> bytes:
     if source.is_folder_of_release:
-        content = (source.path / CONFIG).read_bytes()
+        file = source.folder / CONFIG
+        if not file.is_file():  # DeepSpeed's shards: the caller gave it
+            return _json({**source.fields, **({} if options.dtype is None else {"dtype": options.dtype})})
+        content = file.read_bytes()
         fields = json.loads(content.decode("utf-8-sig"))
         changed = {**fields, **source.overrides}
         if options.dtype is not None:
@@ -102,16 +105,19 @@ def _small_files(folder: Path, others: list[str]) -> dict[str, Path]:
 def _processor_files(source: Source, tokenizer: str | Path | None, notes: list[str]) -> dict[str, bytes]:
     """Give the files that `save_pretrained` of the processor writes; without a tokenizer there is none, and a note
     says so."""
+    release = source.opened.release if source.opened is not None else None
     if source.opened is None:
-        return {}
-    release = source.opened.release
-    if tokenizer is None and release is not None and not _has_tokenizer(release.tokenizer):
+        processor = source.family.processor_of(source.path, source.config, tokenizer)
+    elif tokenizer is None and release is not None and not _has_tokenizer(release.tokenizer):
+        processor = None
+    else:
+        processor = source.opened.processor(tokenizer, is_overridden=bool(source.overrides))
+    if processor is None:
         notes.append(
             f"{source.path} has no tokenizer, so the folder has none either: give it to lavish.load(tokenizer=...), or "
             "convert with --tokenizer FOLDER."
         )
         return {}
-    processor = source.opened.processor(tokenizer, is_overridden=bool(source.overrides))
     with tempfile.TemporaryDirectory(prefix="lavish-") as folder:
         processor.save_pretrained(folder)
         made = {

@@ -18,6 +18,7 @@ import lavish.models as table
 from lavish.checkpoints import hub, layouts
 from lavish.checkpoints.loading import read_joined, stored_info, stored_shape
 from lavish.checkpoints.output import Output, TargetOptions
+from lavish.checkpoints.release import Lora
 from lavish.checkpoints.rules import Plan, Rule, plan, reasons, without_surplus
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import ConfigError, MissingKeys, ShapeMismatch, UnexpectedKeys, UnknownLayout
@@ -42,14 +43,19 @@ class Source:
     rules: tuple[Rule, ...]
     opened: Opened | None
     """None: a family of no chat networks."""
-    adapter: Path | None
-    """Folder of the LoRA that belongs to it."""
+    adapter: Path | Lora | None
+    """The LoRA that belongs to it: its folder, or what lies in the same files."""
     overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_folder_of_release(self) -> bool:
         """True for a Hugging Face folder: its names and small files go over as they are."""
         return self.opened is not None and self.opened.release is None
+
+    @property
+    def folder(self) -> Path:
+        """Where its small files are."""
+        return self.path if self.opened is None else self.opened.path
 
     @cached_property
     def network(self) -> Any:
