@@ -2,27 +2,72 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from lavish.cli import options
 from lavish.cli.terminal import Progress, console, working
+from lavish.common import dist
+from lavish.common.errors import ConfigError
 
 HEADLINES = {"vqa": "VQA, exact match", "box_hit": "boxes, IoU at least 0.5", "caption_f1": "captions, F1 of the facts"}
 
 
 def command(
-    recipe: options.Recipe,
+    recipe: options.Recipe = None,
     more: options.More = None,
+    cfg_path: options.CfgPath = None,
     overrides: options.Overrides = None,
+    plugins: options.Plugins = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--compare", metavar="RUN_A RUN_B", help="Compare the folders of two evaluations, sample by sample."
+        ),
+    ] = None,
+    anew: Annotated[
+        bool, typer.Option("--force", help="Delete what another recipe left in the folder, instead of refusing.")
+    ] = False,
 ) -> None:
-    """Score a model on the held-out questions of a recipe. Without model.path the bundled model is scored.
+    """Score a model as a recipe says, on its own or on the processes of torchrun.
 
-    Every answer is written to answers.jsonl, the scores to metrics.json, both into the recipe's run.output_dir.
+    Killed, the same command goes on: what is answered is not asked again. Results, metrics with confidence intervals
+    and a report go into run.output_dir. A recipe of LAVIS runs as it is; with model.path any model that lavish opens is
+    asked. --compare shows the differences between two such folders, and whether they are more than chance.
     """
+    if compare is not None:
+        if recipe is not None or cfg_path is not None or overrides:
+            raise ConfigError("--compare takes the folders of two evaluations, and no recipe.")
+        _compare(*compare)
+        return
+    path, changes = options.recipe_of(recipe, cfg_path, overrides, more)
     with working("Importing ..."):
-        from lavish.runners import recipe as recipes
-    config = recipes.load_recipe(recipe, [*(overrides or ()), *(more or ())])
+        from lavish.common.plugins import load_plugins
+        from lavish.runners import evaluation
+    load_plugins(plugins or ())
+    config = evaluation.open_evaluation(path, changes)
+    if config is None:
+        _score_scenes(path, changes)
+        return
+    bar = Bar()
+    try:
+        found = evaluation.evaluate(config, force=anew, progress=bar)
+    finally:
+        bar.close()
+    if dist.is_main():
+        show_splits(json.loads((found.folder / evaluation.METRICS_FILE).read_text(encoding="utf-8"))["splits"])
+        for name in (evaluation.METRICS_FILE, "results.jsonl", "report.html"):
+            console().print(str(found.folder / name), markup=False, soft_wrap=True)
+
+
+def _score_scenes(path: str, changes: list[str]) -> None:
+    """Score a model with a task that asks by itself."""
+    from lavish.runners import recipe as recipes
+
+    config = recipes.load_recipe(path, changes)
     bar = Bar()
     try:
         summary = recipes.evaluate(config, bar)
@@ -33,6 +78,32 @@ def command(
     for name in ("answers.jsonl", recipes.METRICS_FILE):
         if (folder / name).is_file():
             console().print(str(folder / name), markup=False, soft_wrap=True)
+
+
+def _compare(first: str, second: str) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    with working("Importing ..."):
+        from lavish.runners.evaluation_compare import compare_runs
+    shown = console()
+    found = compare_runs(first, second)
+    for split in dict.fromkeys(one.split for one in found):
+        shown.print(f"{split}: B - A, paired over the same samples", style="bold", markup=False)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+        for title in ("metric", "A", "B", "difference", "95 % interval", "p", "better", "worse", "samples"):
+            table.add_column(title, justify="left" if title == "metric" else "right")
+        for one in (one for one in found if one.split == split):
+            low, high = one.difference.interval
+            numbers = (one.first, one.second, one.difference.difference)
+            counts = (one.num_better, one.num_worse, one.num_samples)
+            name = one.metric if one.higher_is_better else f"{one.metric} (lower is better)"
+            span = f"{low:+.4g} to {high:+.4g}"
+            table.add_row(
+                name, *(f"{value:.4g}" for value in numbers), span, f"{one.difference.p_value:.3f}", *map(str, counts)
+            )
+        shown.print(table)
+    shown.print(f"A: {first}\nB: {second}", markup=False, soft_wrap=True)
 
 
 class Bar:
@@ -71,3 +142,25 @@ def show_scores(summary: dict[str, Any]) -> None:
     for name, title in HEADLINES.items():
         if name in summary:
             shown.print(f"{title}: {summary[name]:.1%}", style="bold")
+
+
+def show_splits(splits: dict[str, Any]) -> None:
+    """Print the metrics of each split with their intervals."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = console()
+    for split, summary in splits.items():
+        shown.print(f"{split}: {summary['num_samples']:,} samples", style="bold", markup=False)
+        if summary["metrics"]:
+            table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+            table.add_column("metric")
+            for title in ("value", "95 % interval", "samples"):
+                table.add_column(title, justify="right")
+            for name, entry in {**summary["metrics"], **summary.get("groups", {})}.items():
+                interval = entry.get("interval")
+                span = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
+                table.add_row(name, f"{entry['value']:.4g}", span, str(entry.get("num_samples", "")))
+            shown.print(table)
+        for note in summary["notes"]:
+            shown.print(note, style="dim", markup=False, soft_wrap=True)

@@ -48,6 +48,10 @@ class BaseTask:
 
     higher_is_better: ClassVar[bool] = True
     """Whether more of `agg_metrics` is better; a task that reports a loss says False."""
+    run_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of the recipe's `run` that this task alone knows."""
+    scores_loaded_models: ClassVar[bool] = False
+    """True where `evaluation` takes a model of `lavish.load` and not batches, as that of the task `scenes` does."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.inst_id_key = "instance_id"

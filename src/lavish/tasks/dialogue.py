@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavish.common import dist
 from lavish.common.errors import DataError
 from lavish.tasks.metrics.language import perplexity
 from lavish.tasks.metrics.measure import mean_of
@@ -43,15 +42,16 @@ class LossTask(ScoredTask):
             results.append(result)
         return results
 
-    def after_evaluation(
-        self, val_result: Any = None, split_name: str = "", epoch: Any = None, **kwargs: Any
-    ) -> dict[str, Any] | None:
-        """Merge the losses of all processes; those of sets without ids are all kept."""
-        results = [dict(one) for one in val_result or []]
-        if any(one[self.inst_id_key] is None for one in results):
-            for at, one in enumerate(results):
-                one[self.inst_id_key] = f"process {dist.rank()}, {at}"
-        return super().after_evaluation(results, split_name, epoch, **kwargs)
+    def unique(self, results: list[Any]) -> list[Any]:
+        """Give the first result of each id; all of those without one."""
+        seen: set[Any] = set()
+        kept = []
+        for one in results:
+            name = one[self.inst_id_key]
+            if name is None or name not in seen:
+                kept.append(one)
+                seen.add(name)
+        return kept
 
     def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:
         """Give the mean loss, and the perplexity of the language model's part."""

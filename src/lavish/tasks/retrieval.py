@@ -104,17 +104,18 @@ class RetrievalTask(ScoredTask):
         matrices = [np.maximum.reduce(list(part)) for part in zip(*parts, strict=True)]
         return [{"by_image": matrices[0], "by_text": matrices[1]}] if dist.is_main() else []
 
-    def after_evaluation(
-        self, val_result: Any = None, split_name: str = "", epoch: Any = None, **kwargs: Any
-    ) -> dict[str, Any] | None:
-        """Give the recalls."""
-        return dist.on_main(lambda: self._report(list(val_result or []), split_name, epoch))
+    def merged(self, val_result: list[Any]) -> list[Any]:
+        """Give the matrices, which the main process has."""
+        return val_result
 
-    def _report(self, results: list[Any], split_name: str, epoch: Any) -> dict[str, Any] | None:
+    def finish_split(
+        self, results: list[Any], split_name: str, epoch: Any
+    ) -> tuple[Scores | None, dict[str, Any] | None]:
+        """Give the recalls; matrices are not written."""
         scores = self.score(results, self.dataset, split_name)
-        return None if scores is None else scores.metrics()
+        return scores, scores.metrics()
 
-    def score(self, results: Any, dataset: Any, split_name: str) -> Scores | None:
+    def score(self, results: Any, dataset: Any, split_name: str) -> Scores:
         """Give recalls of texts (`txt_r1` ...) and of pictures (`img_r1` ...)."""
         matrices = results[0]
         measures: dict[str, Measure] = {}

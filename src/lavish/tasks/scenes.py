@@ -148,6 +148,8 @@ class SceneSections:
 class ScenesTask(BaseTask):
     """The pocket model's task: training in stages, and the score of any model on held-out scenes."""
 
+    scores_loaded_models = True
+
     def __init__(self, config: DictConfig):
         self.task = configs.check(config.get("task") or {}, SceneTaskConfig, "task")
         self.data = configs.check(config.get("datasets") or {}, SceneSections, "datasets").scenes

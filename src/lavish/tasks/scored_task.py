@@ -22,7 +22,7 @@ from lavish.common.errors import ConfigError, DataError
 from lavish.common.registry import registry
 from lavish.tasks.base_task import BaseTask
 from lavish.tasks.metrics.measure import Measure
-from lavish.tasks.results import merge_results
+from lavish.tasks.results import first_of_each, merge_results
 
 
 @dataclass
@@ -91,24 +91,35 @@ class ScoredTask(BaseTask):
         self, val_result: Any = None, split_name: str = "", epoch: Any = None, **kwargs: Any
     ) -> dict[str, Any] | None:
         """Merge the results of all processes, write them, and give the metrics; None without ground truth."""
-        results = merge_results(val_result or [], self.result_id)
-        return dist.on_main(lambda: self._report(results, split_name, epoch))
+        results = self.merged(val_result or [])
+        return dist.on_main(lambda: self.finish_split(results, split_name, epoch)[1])
 
-    def _report(self, results: list[Any], split_name: str, epoch: Any) -> dict[str, Any] | None:
+    def merged(self, val_result: list[Any]) -> list[Any]:
+        """Give the results of all processes, each once."""
+        return self.unique(merge_results(val_result))
+
+    def unique(self, results: list[Any]) -> list[Any]:
+        """Give the first result of each id."""
+        return first_of_each(results, self.result_id)
+
+    def finish_split(
+        self, results: list[Any], split_name: str, epoch: Any
+    ) -> tuple[Scores | None, dict[str, Any] | None]:
+        """Score merged results, write what LAVIS writes, and give scores and metrics; main process only."""
         folder = registered_folder("result_dir")
         if folder is not None:
             write_json(results, folder / f"{self.result_file.format(split=split_name, epoch=epoch)}.json")
         scores = self.score(results, self.dataset, split_name) if self.report_metric else None
         if scores is None:
             if folder is not None:
-                write_json(self.leaderboard(results), folder.with_name(f"{folder.name}_leaderboard.json"))
-            return None if self.report_metric else {"agg_metrics": 0.0}
+                write_json(self.leaderboard(results), folder.with_name(f"{folder.name}_leaderboard_{split_name}.json"))
+            return None, None if self.report_metric else {"agg_metrics": 0.0}
         metrics = scores.metrics()
         output = registered_folder("output_dir")
         if output is not None:
             with (output / "evaluate.txt").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({split_name: metrics}) + "\n")
-        return metrics
+        return scores, metrics
 
     def annotation_path(self, split_name: str) -> str | None:
         """Give `run.annotation_file`: a path for all splits, or one a split."""

@@ -1,0 +1,579 @@
+"""Evaluate a model as a LAVIS recipe says: `lavish evaluate --cfg-path FILE --options run.batch_size_eval=8 ...`.
+
+The splits of `run.test_splits` (else `run.valid_splits`) of every data set are cut into batches, which the processes of
+torchrun share; each sample is asked once, at any number of processes, and answers that are in the folder already are
+not asked again. What a run leaves in `run.output_dir`:
+
+    config.yaml       the merged recipe; another one is refused in the same folder
+    results.jsonl     a line a sample: what was asked, answered, and would have been right, and its score
+    metrics.json      the metrics with confidence intervals, and a record of what was measured with what
+    statistics.json   what `lavish evaluate --compare` needs
+    report.html       pictures, questions, answers, the worst cases
+    result/           the results in LAVIS's form;  result_leaderboard_<split>.json: of one without ground truth
+
+Source of the recipe's meaning: salesforce/LAVIS, evaluate.py and lavis/runners/runner_base.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import transformers
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lavish import __version__
+from lavish.checkpoints.placement import resolve_device
+from lavish.common import config as configs
+from lavish.common import dist
+from lavish.common.config import Config, write_json
+from lavish.common.errors import ConfigError, DataError
+from lavish.common.registry import registry
+from lavish.datasets.builders.base_dataset_builder import SPLITS
+from lavish.inference.load import load
+from lavish.inference.sample_model import SampleModel
+from lavish.processors.base_processor import BaseProcessor
+from lavish.runners.evaluation_report import write_report
+from lavish.runners.evaluation_rows import Row, Rows, keys_of, line_of, results_of, rows_of
+from lavish.runners.schema import RunConfig, lavis_run_config
+from lavish.tasks import setup_task
+from lavish.tasks.base_task import BaseTask, to_device
+from lavish.tasks.chat_model import ChatModel
+from lavish.tasks.metrics.measure import CONFIDENCE, NUM_RESAMPLES, SEED, Measure
+from lavish.tasks.scored_task import ScoredTask, Scores
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, METRICS_FILE, STATISTICS_FILE = "config.yaml", "metrics.json", "statistics.json"
+RESULT_FOLDER = "result"
+ANYHOW = (
+    *("output_dir", "device", "num_workers", "num_threads", "batch_size_eval", "batch_size_train", "log_freq"),
+    *("world_size", "dist_url", "distributed", "use_dist_eval_sampler"),
+)
+"""Keys of `run` that change how an evaluation runs, and not what it gives."""
+QUESTION_FIELDS = ("question", "text_input", "expression", "phrase")
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class LoadedModel:
+    """The section `model` of an evaluation of any model that `lavish.load` opens."""
+
+    path: str
+    """Folder, file or hub id."""
+    dtype: str = "auto"
+    """As of `lavish.load`, and so are the next."""
+    quantization: str | None = None
+    adapter: str | None = None
+    base: str | None = None
+    tokenizer: str | None = None
+    config: str | dict[str, Any] | None = None
+    revision: str | None = None
+    rope: str | None = None
+    pieces: dict[str, str] = field(default_factory=dict)
+    """Parts of the release that are elsewhere, by name."""
+    ask: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """How questions are put, by kind: {vqa: {text: "{question} Answer briefly."}}."""
+
+
+@dataclass
+class SplitResult:
+    """What an evaluation gave for one split of one data set."""
+
+    dataset: str
+    split: str
+    rows: list[Row]
+    metrics: dict[str, float] | None
+    """None where the split has no ground truth."""
+    scores: Scores | None = None
+    """With intervals; None of a task of one's own that gives metrics alone."""
+
+    @property
+    def name(self) -> str:
+        """`<data set>/<split>`."""
+        return f"{self.dataset}/{self.split}"
+
+
+@dataclass
+class Evaluation:
+    """What a run gave, in the main process; others have no splits."""
+
+    folder: Path
+    task: BaseTask
+    splits: list[SplitResult] = field(default_factory=list)
+
+
+def open_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Config | None:
+    """Read a recipe; None where its task scores models of `lavish.load` by itself, as `scenes` does.
+
+    Raises:
+        ConfigError: a file that is no recipe, an unknown task, or whatever `Config` finds wrong.
+    """
+    merged = configs.merge(configs.load_yaml(path), configs.parse_overrides(overrides))
+    name = OmegaConf.select(merged, "run.task")
+    if name and registry.get_task_class(name).scores_loaded_models:
+        return None
+    return Config(path, overrides)
+
+
+def evaluate(cfg: Config, *, force: bool = False, progress: Progress | None = None) -> Evaluation:
+    """Run the evaluation that a recipe describes, or what of it is not answered yet.
+
+    Args:
+        cfg: the merged recipe.
+        force: forget what another recipe left in the folder, instead of refusing.
+        progress: called with (samples done, samples of all), in the main process.
+
+    Raises:
+        ConfigError: the recipe is wrong, another one was evaluated in the folder, or another run is in it.
+        DataError, CheckpointError: as the data sets and the model.
+    """
+    run, task = check(cfg)
+    device = start_processes(run)
+    evaluation = Evaluation(Path(run.output_dir), task)
+    rows = Rows(evaluation.folder)
+    with ExitStack() as stack:
+        dist.on_main(lambda: stack.enter_context(rows.locked()))
+        dist.on_main(lambda: begin_folder(cfg, rows, force=force))
+        started = time.perf_counter()
+        job = Job(cfg, run, task, device, rows, progress)
+        job.answer()
+        dist.wait_for_all()
+        job.finish(evaluation, started)
+    return evaluation
+
+
+def check(cfg: Config) -> tuple[RunConfig, BaseTask]:
+    """Check the recipe as far as that needs neither data nor weights, and build its task.
+
+    Raises:
+        ConfigError: an unknown key, a wrong value, a model, task or data set that is not there.
+        DataError: files of the data sets that are neither here nor known where to fetch.
+    """
+    task = setup_task(cfg)
+    run = lavis_run_config(cfg, type(task))
+    if not splits_of(run):
+        raise ConfigError("The recipe names no split to evaluate; set run.test_splits, for example [val].")
+    if not cfg.datasets_cfg:
+        raise ConfigError("The recipe has no datasets; name one, for example `datasets: {coco_caption: {...}}`.")
+    section = cfg.model_cfg
+    if section.get("path") is not None:
+        chat_section(cfg)
+    elif section.get("arch") is None:
+        raise ConfigError(
+            "The recipe names no model: model.arch and model.model_type of a registered one, or model.path, a folder "
+            "or hub id that `lavish.load` opens."
+        )
+    else:
+        registry.get_model_class(section.arch)
+    for name, dataset in evaluated_only(cfg, splits_of(run)).datasets_cfg.items():
+        registry.get_builder_class(str(name))(dataset).check()
+    resolve_device(run.device)
+    return run, task
+
+
+def splits_of(run: RunConfig) -> list[str]:
+    """Name the splits to evaluate."""
+    return list(run.test_splits or run.valid_splits)
+
+
+def evaluated_only(cfg: Config, splits: Sequence[str]) -> Config:
+    """Give the recipe without the annotations of other splits, so that none of them is fetched or read.
+
+    Raises:
+        ConfigError: a data set without one of the splits.
+    """
+    pruned = copy.deepcopy(cfg)
+    for name, section in pruned.datasets_cfg.items():
+        annotations = OmegaConf.select(section, "build_info.annotations")
+        if not annotations:
+            continue  # a builder that knows its files without them
+        for split in splits:
+            if annotations.get(split) is None:
+                known = ", ".join(str(key) for key in annotations if key in SPLITS)
+                raise ConfigError(f"datasets.{name} has no split {split!r} (run.test_splits). Its splits: {known}.")
+        for split in SPLITS:
+            if split in annotations and split not in splits:
+                annotations[split] = None
+    return pruned
+
+
+def chat_section(cfg: Config) -> LoadedModel:
+    """Read the section `model` of a model that `lavish.load` opens; what a registered model would need is left out."""
+    plain: Any = OmegaConf.to_container(cfg.model_cfg, resolve=True)
+    if plain.get("arch") is not None:
+        logger.warning("model.path is evaluated; model.arch %r of the recipe is not.", plain["arch"])
+        known = LoadedModel.__dataclass_fields__
+        plain = {name: value for name, value in plain.items() if name in known}
+    return configs.check(plain, LoadedModel, "model")
+
+
+def start_processes(run: RunConfig) -> torch.device:
+    """Join the processes of torchrun, and give the device of this one."""
+    if run.num_threads:
+        torch.set_num_threads(run.num_threads)
+    device = resolve_device(run.device)
+    if device.type == "cuda" and device.index is None and dist.world_size() > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.start(device.type)
+    return device
+
+
+def begin_folder(cfg: Config, rows: Rows, *, force: bool) -> None:
+    """Save the recipe into the folder, or check that it is the one that was evaluated there before.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    path = rows.folder / CONFIG_FILE
+    if path.exists():
+        before, now = recipe_of(configs.load_yaml(path)), recipe_of(cfg.get_config())
+        changed = sorted(key for key in before | now if before.get(key) != now.get(key))
+        if changed and not force:
+            shown = "; ".join(
+                f"{key}: {before.get(key, 'not set')!r} -> {now.get(key, 'not set')!r}" for key in changed
+            )
+            raise ConfigError(
+                f"{rows.folder} holds the results of another recipe ({shown}). Set another run.output_dir, or start "
+                "anew with --force, which deletes them."
+            )
+        if changed:
+            rows.clear()
+    configs.save(cfg.get_config(), path)
+
+
+def recipe_of(config: Any) -> dict[str, Any]:
+    """Give the keys of a recipe that decide what it gives, flat."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, Mapping) and value:
+            for name, part in value.items():
+                walk(part, f"{key}.{name}" if key else str(name))
+        elif key.removeprefix("run.") not in ANYHOW or not key.startswith("run."):
+            flat[key] = value
+
+    walk(OmegaConf.to_container(OmegaConf.create(config), resolve=True), "")
+    return flat
+
+
+def config_sha256(config: Any) -> str:
+    """Give the digest of a recipe, of what decides what it gives."""
+    return hashlib.sha256(json.dumps(recipe_of(config), sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Job:
+    """One evaluation: its data sets, the model once it is needed, and what was answered."""
+
+    def __init__(
+        self, cfg: Config, run: RunConfig, task: BaseTask, device: torch.device, rows: Rows, progress: Progress | None
+    ) -> None:
+        self.cfg, self.run, self.task, self.device, self.rows = cfg, run, task, device, rows
+        self.progress = progress if dist.is_main() else None
+        self._model: nn.Module | None = None
+        self.datasets = self._build_datasets()
+        self.whole: dict[str, list[Any]] = {}
+        """Results of tasks with an evaluation of their own, of this process, by split."""
+
+    def _build_datasets(self) -> list[tuple[str, str, Any]]:
+        built = self.task.build_datasets(evaluated_only(self.cfg, splits_of(self.run)))
+        found = []
+        for name, splits in built.items():
+            for split in splits_of(self.run):
+                if split not in splits:
+                    known = ", ".join(splits) or "none"
+                    raise ConfigError(f"datasets.{name} has no split {split!r} (run.test_splits). Its splits: {known}.")
+                if not len(splits[split]):
+                    raise DataError(f"datasets.{name}: the split {split!r} has no samples.")
+                found.append((str(name), split, splits[split]))
+        if self.is_chat:
+            for _, _, dataset in found:
+                if hasattr(dataset, "set_processors"):  # of LAVIS's base; others give pictures as they are
+                    dataset.set_processors(BaseProcessor(), BaseProcessor())
+        return found
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the model is one of `lavish.load`, which takes pictures as they are."""
+        return self.cfg.model_cfg.get("path") is not None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, loaded when it is first asked for: a run whose answers are all there needs none."""
+        if self._model is None:
+            made = self._load() if self.is_chat else self.task.build_model(self.cfg).to(self.device)
+            self._model = made.eval()
+        return self._model
+
+    def _load(self) -> nn.Module:
+        given = vars(chat_section(self.cfg)).copy()
+        path, asks, pieces = given.pop("path"), given.pop("ask"), given.pop("pieces")
+        vlm = load(path, device=str(self.device), **{key: value for key, value in given.items() if value}, **pieces)
+        return vlm.samples if isinstance(vlm, SampleModel) else ChatModel(vlm, asks)
+
+    # -- answers
+
+    def answer(self) -> None:
+        """Answer what is not answered yet of every split."""
+        own_evaluation = type(self.task).evaluation is not BaseTask.evaluation
+        answered = {key for row in self.rows.read() for key in keys_of(row)}
+        dist.wait_for_all()  # all have read before the first one writes
+        plans = [
+            (name, split, dataset, self._batches(name, split, len(dataset), set() if own_evaluation else answered))
+            for name, split, dataset in self.datasets
+        ]
+        total = sum(len(dataset) for _, _, dataset in self.datasets)
+        self._done, self._total = total - sum(sum(map(len, every)) for *_, every in plans), total
+        self._tell(0)
+        for name, split, dataset, every in plans:
+            mine = (
+                every[dist.rank() :: dist.world_size()]
+                if self.run.use_dist_eval_sampler or not own_evaluation
+                else every
+            )
+            if own_evaluation:
+                self.task.before_evaluation(model=self.model, dataset=dataset)
+                loader = _Loader(dataset, mine, self._loader(dataset, mine))
+                self.whole[f"{name}/{split}"] = self.task.evaluation(self.model, loader)
+            elif every:
+                self.task.before_evaluation(model=self.model, dataset=dataset)
+                self._ask(name, split, dataset, mine)
+
+    def _batches(self, name: str, split: str, count: int, answered: set[Any]) -> list[list[int]]:
+        """Cut a split into batches, the same ones at any number of processes, and leave out what is answered."""
+        size = self.run.batch_size_eval
+        cut = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        left = [[index for index in batch if (name, split, index) not in answered] for batch in cut]
+        return [batch for batch in left if batch]
+
+    def _loader(self, dataset: Any, batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.run.num_workers,
+            collate_fn=as_lists if self.is_chat else dataset.collater,
+            pin_memory=self.device.type == "cuda" and not self.is_chat,
+        )
+
+    @torch.no_grad()
+    def _ask(self, name: str, split: str, dataset: Any, batches: list[list[int]]) -> None:
+        path = self.rows.part(dist.rank())
+        with path.open("a", encoding="utf-8") as file:
+            for indices, samples in zip(batches, self._loader(dataset, batches), strict=True):
+                torch.manual_seed(self.run.seed * 1_000_003 + indices[0])  # drawn answers too are those of one process
+                results = self.task.valid_step(model=self.model, samples=to_device(samples, self.device))
+                file.write("".join(map(line_of, rows_of(name, split, indices, results))))
+                file.flush()
+                self._tell(len(indices) * dist.world_size())
+
+    def _tell(self, count: int) -> None:
+        self._done = min(self._done + count, self._total)
+        if self.progress:
+            self.progress(self._done, self._total)
+
+    # -- scores
+
+    def finish(self, evaluation: Evaluation, started: float) -> None:
+        """Put the results of all processes together, score them and write what a run leaves."""
+        folder = evaluation.folder
+        for name, path in (("result_dir", folder / RESULT_FOLDER), ("output_dir", folder)):
+            registry.register_path(name, path, replace=True)
+        merged = dist.on_main(self.rows.read)
+        by_split: dict[str, list[Row]] = {}
+        for row in merged:
+            by_split.setdefault(f"{row['dataset']}/{row['split']}", []).append(row)
+        for name, split, dataset in self.datasets:
+            found = sorted(by_split.get(f"{name}/{split}", []), key=_place)
+            result = self._score(SplitResult(name, split, found, None), dataset)
+            if dist.is_main():
+                evaluation.splits.append(result)
+        dist.on_main(lambda: self._write(evaluation, started))
+
+    def _score(self, result: SplitResult, dataset: Any) -> SplitResult:
+        """Give the metrics of one split, by all processes together."""
+        task = self.task
+        is_whole = result.name in self.whole
+        if not is_whole:
+            self._check_complete(result, len(dataset))
+        results = self.whole[result.name] if is_whole else results_of(result.rows)
+        if isinstance(task, ScoredTask) and type(task).after_evaluation is ScoredTask.after_evaluation:
+            task.dataset = dataset
+            dist.on_main(lambda: self._measure(task, result, results, dataset))
+        else:
+            if not is_whole and not dist.is_main() and _are_dicts(results):
+                results = []  # the main process has all, and a task that merges them takes each once
+            result.metrics = task.after_evaluation(val_result=results, split_name=result.split, epoch="best")
+        return result
+
+    def _measure(self, task: ScoredTask, result: SplitResult, results: list[Any], dataset: Any) -> None:
+        kept = results if result.name in self.whole else task.unique(results)
+        result.scores, result.metrics = task.finish_split(kept, result.split, "best")
+        self._note_scores(result, dataset)
+
+    def _check_complete(self, result: SplitResult, count: int) -> None:
+        """Check that every sample of a split has one row.
+
+        Raises:
+            DataError: some have none.
+        """
+        answered = {index for row in result.rows for *_, index in keys_of(row)}
+        absent = sorted(set(range(count)) - answered)
+        beyond = sorted(answered - set(range(count)))
+        if absent or beyond:
+            raise DataError(
+                f"{self.rows.folder}: {result.name} has {count} samples; {len(absent)} have no result"
+                f"{f', first sample {absent[0]}' if absent else ''}, and {len(beyond)} results are of no sample. Run the "
+                "same command again; with another data set than before, start anew with --force."
+            )
+
+    def _note_scores(self, result: SplitResult, dataset: Any) -> None:
+        """Put question, reference and score beside each answer."""
+        scores = result.scores
+        records = getattr(dataset, "annotation", None)  # data sets of one's own may keep none
+        for row in result.rows:
+            record = records[row["index"]] if isinstance(records, list) and "index" in row else {}
+            question = next((record[name] for name in QUESTION_FIELDS if isinstance(record.get(name), str)), None)
+            if question is not None:
+                row["question"] = question
+        measure = scores.measures.get(scores.headline) if scores else None
+        if scores is None or measure is None or len(measure.stats) != len(result.rows):
+            return
+        for row, reference, value in zip(result.rows, scores.references, measure.per_sample, strict=True):
+            row |= {"reference": reference, "score": float(value)}
+
+    def _write(self, evaluation: Evaluation, started: float) -> None:
+        folder = evaluation.folder
+        rows = [row for result in evaluation.splits for row in result.rows]
+        self.rows.write(rows)
+        summary = {
+            "splits": {result.name: summary_of(result, self.task) for result in evaluation.splits},
+            "record": self._record(started),
+        }
+        statistics = {result.name: statistics_of(result) for result in evaluation.splits if result.scores}
+        (folder / STATISTICS_FILE).write_text(json.dumps(statistics), encoding="utf-8")
+        write_report(folder, summary, [(result, self._pictures(result)) for result in evaluation.splits])
+        write_json(summary, folder / METRICS_FILE)  # last: a folder with it is complete
+
+    def _record(self, started: float) -> dict[str, Any]:
+        section: Any = OmegaConf.to_container(self.cfg.model_cfg, resolve=True)
+        record = {
+            "config_sha256": config_sha256(self.cfg.get_config()),
+            "task": self.run.task,
+            "model": section,
+            "device": str(self.device),
+            "processes": dist.world_size(),
+            "wall_seconds": round(time.perf_counter() - started, 1),
+            "seed": self.run.seed,
+            "intervals": {"method": "bootstrap", "confidence": CONFIDENCE, "resamples": NUM_RESAMPLES, "seed": SEED},
+            "versions": {
+                "lavish": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "numpy": np.__version__,
+                "pillow": PIL.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        if self._model is not None:
+            record["dtype"] = str(next(self._model.parameters()).dtype).removeprefix("torch.")
+        if isinstance(self._model, ChatModel):
+            record["asked"] = {name: asdict(ask) for name, ask in self._model.asks.items()}
+        return record
+
+    def _pictures(self, result: SplitResult) -> Callable[[Row], Any]:
+        """Give the function that opens the picture of a row, as it is in its file."""
+        dataset = next(data for name, split, data in self.datasets if (name, split) == (result.dataset, result.split))
+
+        def open_picture(row: Row) -> Any:
+            if not hasattr(dataset, "set_processors") or "index" not in row:
+                return None
+            dataset.set_processors(BaseProcessor(), BaseProcessor())
+            return dataset[row["index"]].get("image")
+
+        return open_picture
+
+
+class _Loader:
+    """A loader that knows its data set, as LAVIS's retrieval models ask."""
+
+    def __init__(self, dataset: Any, batches: Sequence[Sequence[int]], loader: DataLoader[Any]) -> None:
+        self.dataset, self.batches, self.loader = dataset, batches, loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def as_lists(samples: Sequence[Any]) -> dict[str, list[Any]]:
+    """Make a batch of lists: pictures stay pictures, each of its own size."""
+    kept = [sample for sample in samples if sample is not None]
+    return {key: [sample[key] for sample in kept] for key in kept[0]}
+
+
+def summary_of(result: SplitResult, task: BaseTask) -> dict[str, Any]:
+    """Give what metrics.json says of a split."""
+    summary: dict[str, Any] = {
+        "num_samples": sum(len(keys_of(row)) for row in result.rows),
+        "higher_is_better": task.higher_is_better,
+    }
+    if result.metrics is not None and (result.scores or not isinstance(task, ScoredTask)):
+        summary["agg_metrics"] = result.metrics.get("agg_metrics")
+    if result.scores is None:
+        is_scored = bool(result.metrics) and not isinstance(task, ScoredTask)
+        summary["metrics"] = {name: {"value": value} for name, value in (result.metrics or {}).items() if is_scored}
+        leaderboard = f"{RESULT_FOLDER}_leaderboard_{result.split}.json"
+        summary["notes"] = [] if is_scored else [f"Not scored; {leaderboard} is the file for its leaderboard."]
+        return summary
+    scores = result.scores
+    summary["headline"] = scores.headline
+    summary["metrics"] = {name: value_of(measure) for name, measure in scores.measures.items()}
+    summary["metrics"] |= {name: {"value": value} for name, value in scores.values.items()}
+    summary["groups"] = {name: value_of(measure) for name, measure in scores.groups.items()}
+    summary["notes"] = scores.notes
+    return summary
+
+
+def value_of(measure: Measure) -> dict[str, Any]:
+    """Give a value with its interval and the number of samples."""
+    return {"value": measure.value, "interval": list(measure.interval()), "num_samples": len(measure.stats)}
+
+
+def statistics_of(result: SplitResult) -> dict[str, Any]:
+    """Give what a comparison needs of a split: the statistics of each sample."""
+    assert result.scores is not None  # asked of the caller
+    measures = {
+        name: {
+            "formula": measure.formula,
+            "scale": measure.scale,
+            "higher_is_better": measure.higher_is_better,
+            "stats": measure.stats.tolist(),
+        }
+        for name, measure in result.scores.measures.items()
+    }
+    return {"samples": [sorted(index for *_, index in keys_of(row)) for row in result.rows], "measures": measures}
+
+
+def _place(row: Row) -> int:
+    return min(index for *_, index in keys_of(row))
+
+
+def _are_dicts(results: Sequence[Any]) -> bool:
+    return all(isinstance(result, Mapping) for result in results)
