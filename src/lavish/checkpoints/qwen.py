@@ -5,12 +5,17 @@ Source: Qwen/Qwen-7B-Chat (index of its shards); adapters of WatchTower-Liu/VLM-
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lavish.checkpoints.json_file import read_object
+from lavish.checkpoints.released import beside, in_folder
 from lavish.checkpoints.rules import Drop, Rename, Rule, Split
+from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError
 
 
@@ -126,3 +131,89 @@ def _stacked(parts: list[Any]) -> Any:
     import torch  # only what writes needs it
 
     return torch.cat(parts)
+
+
+def released_config(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the config.json of a released Qwen for the `text_config` of one of ours: the way back of `read_qwen_config`.
+
+    Raises:
+        ConfigError: a size is absent.
+    """
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "seq_length")
+    if absent := [name for name in sizes if not isinstance(text.get(name), int)]:
+        raise ConfigError(f"text_config lacks {absent[0]}, which a Qwen's config.json holds.")
+    rope = text.get("rope_parameters")
+    base = rope.get("rope_theta", 10000) if isinstance(rope, Mapping) else 10000
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_qwen.QWenConfig",
+            "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+        },
+        "model_type": "qwen",
+        "tokenizer_class": "QWenTokenizer",
+        **{name: text[name] for name in sizes},
+        "intermediate_size": 2 * text["intermediate_size"],  # w1 and w2 together
+        "kv_channels": text["hidden_size"] // text["num_attention_heads"],
+        "layer_norm_epsilon": text.get("rms_norm_eps", 1e-6),
+        "max_position_embeddings": text.get("max_position_embeddings", 8192),
+        "initializer_range": text.get("initializer_range", 0.02),
+        "rotary_emb_base": int(base) if float(base).is_integer() else base,
+        "rotary_pct": 1.0,
+        "use_dynamic_ntk": text.get("use_dynamic_ntk", True),
+        "use_logn_attn": text.get("use_logn_attn", True),
+        "attn_dropout_prob": 0.0,
+        "emb_dropout_prob": 0.0,
+        "no_bias": True,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "use_flash_attn": "auto",
+        "bf16": False,
+        "fp16": False,
+        "fp32": False,
+    }
+
+
+RANK_FILE = "qwen.tiktoken"
+
+
+def tokenizer_files(tensors: TensorMap, folder: str) -> tuple[dict[str, Path], dict[str, bytes]]:
+    """Give a released tokenizer's files for a folder of the target: copies, and what is made of a tokenizer that
+    lavish saved; both empty where the source has none.
+
+    Raises:
+        CheckpointError: a tokenizer.json that is no Qwen's.
+    """
+    if RANK_FILE in (found := beside(tensors, (RANK_FILE, "tokenizer_config.json"), ("", folder))):
+        return in_folder(folder, found), {}
+    saved = beside(tensors, ("tokenizer.json",))
+    return {}, {f"{folder}/{RANK_FILE}": rank_file(path) for path in saved.values()}
+
+
+def rank_file(path: Path) -> bytes:
+    """Give the lines "base64 rank" for a tokenizer.json of byte pairs.
+
+    Raises:
+        CheckpointError: its ids do not begin with one for each byte sequence, in order.
+    """
+    model = read_object(path).get("model")
+    vocab = model.get("vocab") if isinstance(model, Mapping) else None
+    letters = _letters()
+    ranks = sorted(vocab.items(), key=lambda item: item[1]) if isinstance(vocab, Mapping) else []
+    if (
+        not ranks
+        or [rank for _, rank in ranks] != list(range(len(ranks)))
+        or any(letter not in letters for token, _ in ranks for letter in token)
+    ):
+        raise CheckpointError(f"{path}: no tokenizer of byte pairs with ranks from 0 on, as a Qwen's; give its folder.")
+    lines = (base64.b64encode(bytes(letters[letter] for letter in token)) + b" %d\n" % rank for token, rank in ranks)
+    return b"".join(lines)
+
+
+def _letters() -> dict[str, int]:
+    """Give the byte that each letter of a byte-level vocabulary stands for: printable ones for themselves, the others
+    in order for the letters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

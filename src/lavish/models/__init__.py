@@ -127,6 +127,11 @@ class Family:
         of a path, or (path None) of a model type's YAML."""
         return self._get("samples", "outline")(path, layout, config)
 
+    def processor_of(self, path: Path, config: Any, tokenizer: str | Path | None) -> Any:
+        """Give the processor of a path of a family of no chat networks, without its weights; None: there is no
+        tokenizer, and none was named."""
+        return self._get("samples", "processor_of")(path, config, tokenizer)
+
     @property
     def pieces(self) -> tuple[str, ...]:
         """Names of the pieces of a composite release."""
@@ -220,6 +225,7 @@ FAMILIES: tuple[Family, ...] = (
         marks=("other_params.bin", "*/other_params.bin"),
         piece_marks=("vision_tower",),
         renames_adapters=True,
+        layouts=("hf", "vlm_learning"),
     ),
     Family(
         name="glm4v_9b",
@@ -251,6 +257,7 @@ FAMILIES: tuple[Family, ...] = (
         piece_marks=("eva", "blip2", "qformer"),
         key_marks=("llm_proj.", "llm_model."),
         renames_adapters=True,
+        layouts=("hf", "lavis"),
     ),
     Family(
         name="blip",
@@ -263,6 +270,7 @@ FAMILIES: tuple[Family, ...] = (
         key_marks=("text_decoder.bert.", "text_encoder.encoder."),
         opener="samples:open_model",
         capabilities=("caption", "answer", "embed"),
+        layouts=("hf", "lavis"),
     ),
     Family(
         name="gpt_dialogue",
@@ -275,6 +283,7 @@ FAMILIES: tuple[Family, ...] = (
         key_marks=("video_ff.",),
         opener="samples:GPTDialogue.from_pretrained",
         capabilities=("answer",),
+        layouts=("hf", "lavis"),
     ),
 )
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
+from lavish.checkpoints import deepspeed
+from lavish.checkpoints.layouts import config_folder
 from lavish.common.errors import ConfigError, DataError, PromptError, did_you_mean, shown
 from lavish.models.base_model import local_file, model_section, read_fields
 from lavish.models.blip import opening
@@ -25,7 +27,7 @@ from lavish.models.blip.config import ARCHITECTURES
 from lavish.models.blip.model import IGNORE_INDEX, answer_losses, caption_labels
 from lavish.models.blip.opening import tell
 from lavish.models.blip.outputs import BlipIntermediateOutput, BlipOutput, BlipOutputFeatures
-from lavish.models.blip.processor import DECODE_TOKEN, ENCODE_TOKEN
+from lavish.models.blip.processor import DECODE_TOKEN, ENCODE_TOKEN, BlipProcessor, find_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -414,6 +416,21 @@ def outline(path: Path | None, layout: Mapping[str, Any], config: Any = None) ->
         cls, model_type = _told(path)
         section = model_section(cls.default_config_path(model_type))
     return opening.outline(path, ARCHITECTURES[cls.arch], cls._wanted(section, read_fields(config)))
+
+
+def processor_of(path: Path, config: Any, tokenizer: str | Path | None) -> BlipProcessor | None:
+    """Give the processor of a path, without its weights; None: no tokenizer lies beside it, and none was named.
+
+    Raises:
+        CheckpointError: a tokenizer that is damaged or of another model.
+    """
+    cls, model_type = _told(path)
+    place = tokenizer or find_tokenizer(config_folder(path) if path.is_dir() or deepspeed.is_run(path) else path.parent)
+    if place is None:
+        return None
+    section = model_section(cls.default_config_path(model_type))
+    texts = {name: section[name] for name in ("prompt", "max_txt_len") if name in section}
+    return BlipProcessor.from_config(config, load_tokenizer(place), **texts)
 
 
 def _told(path: Path) -> tuple[Any, str]:

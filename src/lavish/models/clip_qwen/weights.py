@@ -19,7 +19,7 @@ from torch import nn
 from lavish.checkpoints import hf
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.checkpoints.qwen import native_lora, qwen_rules, released_lora
-from lavish.checkpoints.release import Release, find_piece, merged
+from lavish.checkpoints.release import Release, find_piece, merged, with_config
 from lavish.checkpoints.rules import Drop, Rename, Rule
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError
@@ -105,6 +105,7 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
         fields["repetition_penalty"] = answering["repetition_penalty"]
     # Its eos is <|endoftext|>; the chat model ends with <|im_end|>. The config's list says all.
     sampling = {name: value for name, value in answering.items() if name != "eos_token_id"}
+    fields = with_config(path, "clip_qwen", fields)
     adapter = _adapter(trained)
     adapted = partial(_save_together, llm)
     return Release(fields, tensors, llm, load_qwen_tokenizer, sampling, adapter=adapter, adapted=adapted)

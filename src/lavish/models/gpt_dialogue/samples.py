@@ -308,6 +308,18 @@ def _new(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[GPTDia
     return network, folder
 
 
+def processor_of(path: Path, config: Any, tokenizer: str | Path | None) -> GPTDialogueProcessor | None:
+    """Give the processor of a path, without its weights; None: no tokenizer lies beside it, and none was named.
+
+    Raises:
+        CheckpointError: a tokenizer that is damaged or of another model.
+    """
+    folder = tokenizer or _beside(path, "vocab.json") or _beside(path, "tokenizer.json")
+    if folder is None:
+        return None
+    return GPTDialogueProcessor.from_config(config, load_dialogue_tokenizer(hub.resolve(folder)))
+
+
 def outline(path: Path | None, layout: Mapping[str, Any], config: Any = None) -> Any:
     """Give a path's network on the meta device, its tensors (None without a path) and the rules between them.
 

@@ -20,7 +20,7 @@ from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.checkpoints.layouts import read_weights
 from lavish.checkpoints.pickles import read_table
 from lavish.checkpoints.qwen import native_lora, qwen_rules
-from lavish.checkpoints.release import Release, find_piece, merged
+from lavish.checkpoints.release import Release, find_piece, merged, with_config
 from lavish.checkpoints.rules import Drop, Merge, Rename, Rule, Surplus
 from lavish.checkpoints.tensor_map import TensorInfo, TensorMap
 from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout
@@ -157,6 +157,7 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
         fields["max_window_size"] = answering["max_window_size"]
     # Its eos is <|endoftext|>; the release stops at <|im_end|> and <|im_start|> whatever the file says.
     sampling = {name: value for name, value in answering.items() if name in ("temperature", "top_p", "top_k")}
+    fields = with_config(folder, "minigpt4_qwen", fields)
     return Release(fields, tensors, llm, load_qwen_tokenizer, sampling)
 
 
