@@ -24,7 +24,6 @@ from typing import Any
 from lavish.checkpoints.hf import inside
 from lavish.checkpoints.json_file import read_object
 from lavish.checkpoints.pickles import read_tree
-from lavish.checkpoints.rules import matches
 from lavish.checkpoints.tensor_map import Assembled, Piece, Stored, TensorInfo, TensorMap, view
 from lavish.common.errors import CheckpointError, MissingKeys, ShapeMismatch, UnknownLayout, shown
 
@@ -118,6 +117,7 @@ CUTS: tuple[Cut, ...] = (
     *_transformer("mixins.eva.vit_model.", "eva_args"),
 )
 """What the ranks share. Everything else is whole on each of them and equal: the biases of row-parallel layers too."""
+_BY_PATTERN = {cut.pattern: cut for cut in CUTS}
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,8 @@ def _weights(file: Path, tree: Mapping[str, Any]) -> dict[str, TensorInfo]:
 
 def cut_of(name: str) -> Cut | None:
     """Give how the tensors of a name are cut; None: they are whole on every rank."""
-    return next((cut for cut in CUTS if matches((cut.pattern,), name)), None)
+    shape = re.sub(r"\.\d+(?=\.|$)", ".*", name)  # numbers are all that the patterns leave open, but for one leaf
+    return _BY_PATTERN.get(shape) or _BY_PATTERN.get(f"{shape.rpartition('.')[0]}.*")
 
 
 def share(info: Stored, cut: Cut, rank: int, num_ranks: int) -> Stored:
