@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,29 +43,33 @@ class Numbers:
 
 
 class Net(nn.Module):
-    """Has one parameter of each kind: matrix, bias, norm, embedding, head."""
+    """Has one parameter of each kind: matrix, bias, norm, embedding, head; and with `depth` a list of layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 0) -> None:
         super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(depth))
         self.inner = nn.Linear(2, 4)
         self.norm = nn.LayerNorm(4)
         self.rows = nn.Embedding(3, 4)
         self.lm_head = nn.Linear(4, 2, bias=False)
 
     def forward(self, points: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            points = points + layer(points).tanh()
         return self.lm_head(self.norm(self.inner(points).tanh() + self.rows.weight.sum(0)))
 
 
 class ToyTask(BaseTask):
     """Points to their swapped coordinates; with `noise` the input is blurred by torch's generator."""
 
-    def __init__(self, noise: float = 0.0):
-        self.noise = noise
+    def __init__(self, noise: float = 0.0, depth: int = 0):
+        super().__init__()
+        self.noise, self.depth = noise, depth
         self.batch_sizes: list[int] = []
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, cfg: Any = None) -> nn.Module:
         torch.manual_seed(5)
-        return Net()
+        return Net(self.depth)
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
         points = samples["points"]
@@ -91,8 +96,10 @@ def config(folder: Path, **changes: Any) -> RunConfig:
     return replace(run, **changes)
 
 
-def runner(run: RunConfig, *, noise: float = 0.0, num_samples: int = 10, epochs: bool = False) -> RunnerBase:
-    task = ToyTask(noise)
+def runner(
+    run: RunConfig, *, noise: float = 0.0, num_samples: int = 10, epochs: bool = False, depth: int = 0
+) -> RunnerBase:
+    task = ToyTask(noise, depth)
     kind = RunnerBase if epochs else RunnerIter
     return kind(run, task, task.build_model(), {"train": Numbers(num_samples)})
 
@@ -105,12 +112,26 @@ def weights(folder: Path) -> dict[str, list]:
     return {name: tensor.view(torch.uint8).tolist() for name, tensor in load_file(newest / "model.safetensors").items()}
 
 
+def own_bytes(toy: RunnerBase) -> dict[str, int]:
+    """What this process itself holds of weights and of the optimizer's state."""
+
+    def size(tensors: Iterable[Any]) -> int:
+        own = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+    states = [state for one in toy.optimizer.optimizers for state in one.state.values()]
+    return {
+        "weights": size(toy.model.parameters()),
+        "optimizer": size(state[name] for state in states for name in ("exp_avg", "exp_avg_sq") if name in state),
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, num_steps, kill_at = Path(sys.argv[1]), int(sys.argv[2]), int((sys.argv[3:] or ["0"])[0])
     changes = json.loads((sys.argv[4:] or ["{}"])[0])
-    noise, epochs = changes.pop("noise", 0.5), changes.pop("epochs", False)
-    toy = runner(config(folder, max_iters=num_steps, **changes), noise=noise, epochs=epochs)
+    noise, epochs, depth = changes.pop("noise", 0.5), changes.pop("epochs", False), changes.pop("depth", 0)
+    toy = runner(config(folder, max_iters=num_steps, **changes), noise=noise, epochs=epochs, depth=depth)
 
     def kill(step: int, *_: Any) -> None:
         if step == kill_at:
@@ -120,7 +141,7 @@ def main() -> None:
     toy.train()
     seen = toy.dataset.seen  # type: ignore[attr-defined]
     if dist.world_size() > 1:
-        print(json.dumps({"rank": dist.rank(), "seen": seen}))
+        print(json.dumps({"rank": dist.rank(), "seen": seen, "own_bytes": own_bytes(toy)}))
     else:
         print(json.dumps({"step": toy.step, "samples": toy.num_samples}))
 

@@ -36,6 +36,7 @@ def command(
 ) -> int | None:
     """Train as a recipe says. Interrupted or killed, the same command goes on from the newest checkpoint."""
     path, changes = options.recipe_of(recipe, cfg_path, overrides, more)
+    from lavish.common import dist
     from lavish.common.plugins import load_plugins
     from lavish.runners import recipe as recipes
 
@@ -54,6 +55,8 @@ def command(
     except KeyboardInterrupt:
         say("Interrupted. The same command goes on from the newest checkpoint; nothing before it is lost.")
         raise
+    if not dist.is_main():
+        return None
     _show_costs(screen.costs)
     for name, folder in folders.items():
         where = folder / "model" if (folder / "model").is_dir() else folder

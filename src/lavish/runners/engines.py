@@ -7,6 +7,7 @@ and optimizer. What one engine wrote another reads, at any number of processes.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -142,7 +143,7 @@ class DDPEngine(Engine):
         model = model.to(self.device)
         devices = [self.device] if self.device.type == "cuda" else None
         # A batch may leave weights unused: pictures are absent, a process has no pass of a short last step.
-        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
 
     def accumulate(self, module: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
         """Exchange gradients in the last pass of a step only."""
@@ -165,6 +166,8 @@ class FSDP2Engine(Engine):
 
         if self.run.optimizer == "muon":
             raise ConfigError("run.engine fsdp2 shares out matrices, and run.optimizer muon needs them whole; use ddp.")
+        # Nothing here changes what a module gives in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         model = model.to(self.device)
         mesh = init_device_mesh(self.device.type, (dist.world_size(),))
         for block in _blocks(model):
@@ -255,7 +258,9 @@ def load_shards(folder: Path, model: nn.Module, optimizer: OptimizerGroup | None
 
     state = _shared_state(model, optimizer)
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=dist.world_size() == 1)
+        with warnings.catch_warnings():  # of a single process, which is what is wanted
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(state, checkpoint_id=folder, no_dist=dist.world_size() == 1)
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise CheckpointError(f"{folder}: these shares cannot be read, or are of another model: {error}") from error
     if optimizer is not None:  # the model's own tensors were filled in place

@@ -159,7 +159,7 @@ class RunConfig:
     """Exponent of a beam's length."""
     num_ans_candidates: int | None = None
     """Answers that are ranked at once, when `inference_method: rank`."""
-    inference_method: Literal["generate", "rank"] | None = None
+    inference_method: Literal["", "generate", "rank"] = ""
     """VQA: write the answer, or rank a list of answers."""
     prompt: str | None = None
     """Text around a question, or before a caption."""

@@ -1,0 +1,466 @@
+"""`lavish evaluate` of LAVIS's recipes: what it leaves, over processes, after a kill, with any model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import evaluated_sets as sets
+import pytest
+import torch
+
+from lavish.common.config import Config
+from lavish.common.errors import ConfigError, DataError, MediaError
+from lavish.inference.load import POCKET
+from lavish.models.blip.samples import BlipVQA
+from lavish.runners import evaluation
+from lavish.runners.evaluation_compare import compare_runs
+from lavish.runners.evaluation_rows import Rows
+from lavish.tasks.metrics import vqa
+from lavish.tasks.scored_task import ScoredTask
+
+RECIPES = {
+    "caption_coco_eval": ("blip_caption", "coco_caption"),
+    "nocaps_eval": ("blip_caption", "nocaps"),
+    "vqav2_eval": ("blip_vqa", "coco_vqa"),
+    "okvqa_eval": ("blip_vqa", "ok_vqa"),
+    "aokvqa_eval": ("blip_vqa", "aok_vqa"),
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sets.fill(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _local(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAVISH_CACHE", str(cache))
+    monkeypatch.setenv("LAVISH_OFFLINE", "1")
+
+
+def options(name: str, output: Path, *more: str) -> list[str]:
+    checkpoint, dataset = RECIPES[name]
+    return sets.tiny(checkpoint, output, *sets.sized(dataset), *more)
+
+
+def run(name: str, output: Path, *more: str, **how: Any) -> dict[str, Any]:
+    evaluation.evaluate(Config(sets.EVAL / f"{name}.yaml", options(name, output, *more)), **how)
+    return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# -- what a run gives
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name: str, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    found = run(name, tmp_path, progress=lambda done, total: told.append((done, total)))
+    num_splits = len(found["splits"])
+    assert all(split["num_samples"] == 7 for split in found["splits"].values())
+    assert len(rows(tmp_path)) == 7 * num_splits
+    assert told[0] == (0, 7 * num_splits)
+    assert told[-1] == (7 * num_splits, 7 * num_splits)
+    record = found["record"]
+    assert set(record["versions"]) >= {"lavish", "torch", "transformers"}
+    assert len(record["config_sha256"]) == 64
+    for split in found["splits"].values():
+        for entry in split["metrics"].values():
+            if "interval" in entry:
+                assert entry["interval"][0] <= entry["value"] <= entry["interval"][1] or entry["value"] < 1e-9
+    left = {path.name for path in tmp_path.iterdir()} - {".lock"}
+    assert left >= {"config.yaml", "results.jsonl", "metrics.json", "statistics.json", "report.html", "result"}
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_captions(tmp_path: Path) -> None:
+    """The task calls `blip_caption.generate` with what the recipe names; LAVIS's fails with a TypeError."""
+    found = run("caption_coco_eval", tmp_path)["splits"]["coco_caption/test"]
+    metrics = found["metrics"]
+    assert set(metrics) >= {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
+    assert "METEOR" in metrics or any("METEOR" in note for note in found["notes"])
+    assert found["agg_metrics"] == pytest.approx(metrics["CIDEr"]["value"] + metrics["Bleu_4"]["value"])
+    assert metrics["Bleu_1"]["value"] > 0.01
+    lavis = json.loads((tmp_path / "result" / "test_epochbest.json").read_text())
+    assert [one["image_id"] for one in lavis] == [42, 73, 74, 133, 139, 192, 544]
+    assert [one["caption"] for one in lavis] == [row["result"]["caption"] for row in rows(tmp_path)]
+    assert "CIDEr" in json.loads((tmp_path / "evaluate.txt").read_text())["test"]
+
+
+def test_caption_options_reach_the_model(tmp_path: Path) -> None:
+    longer = ["run.num_beams=1", "run.max_len=12", "run.repetition_penalty=3.0"]
+    run("caption_coco_eval", tmp_path / "a", "run.num_beams=1", "run.max_len=12")
+    run("caption_coco_eval", tmp_path / "b", *longer)
+    assert [row["result"] for row in rows(tmp_path / "a")] != [row["result"] for row in rows(tmp_path / "b")]
+
+
+def test_questions(tmp_path: Path) -> None:
+    """The official annotations count, by type of answer too."""
+    found = run("vqav2_eval", tmp_path)["splits"]["coco_vqa/val"]
+    given = rows(tmp_path)
+    assert len({row["result"]["answer"] for row in given}) > 1
+    scores = [100 * vqa.accuracy(row["result"]["answer"], row["reference"]) for row in given]
+    assert [row["score"] for row in given] == pytest.approx(scores)
+    assert found["metrics"]["vqa_accuracy"]["value"] == pytest.approx(sum(scores) / 7) == found["agg_metrics"]
+    numbers = [score for at, score in enumerate(scores) if at % 3 == 0]
+    assert found["groups"]["number"]["value"] == pytest.approx(sum(numbers) / len(numbers))
+    assert given[3]["question"] == "What colour is thing 3?"
+    assert json.loads((tmp_path / "result" / "val_vqa_result.json").read_text())[0]["question_id"] == 1000
+
+
+def test_a_split_without_ground_truth_gets_the_file_of_its_leaderboard(tmp_path: Path) -> None:
+    found = run("aokvqa_eval", tmp_path)["splits"]
+    assert set(found["aok_vqa/val"]["metrics"]) == {"acc", "multiple_choice_acc"}
+    assert found["aok_vqa/test"]["metrics"] == {}
+    assert "result_leaderboard_test.json" in found["aok_vqa/test"]["notes"][0]
+    board = json.loads((tmp_path / "result_leaderboard_test.json").read_text())
+    assert set(board) == {str(1000 + at) for at in range(7)}
+    for entry in board.values():
+        assert entry["multiple_choice"] in sets.ANSWERS[:4]
+        assert entry["direct_answer"] in sets.ANSWERS
+    run("nocaps_eval", tmp_path / "nocaps")
+    for split in ("val", "test"):
+        board = json.loads((tmp_path / "nocaps" / f"result_leaderboard_{split}.json").read_text())
+        assert [one["image_id"] for one in board] == list(range(7))
+        assert set(board[0]) == {"image_id", "caption"}
+
+
+def test_answers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    for size in (1, 3, 7):
+        run("vqav2_eval", tmp_path / str(size), f"run.batch_size_eval={size}", "run.inference_method=generate")
+    alone = [row["result"] for row in rows(tmp_path / "1")]
+    assert [row["result"] for row in rows(tmp_path / "3")] == alone == [row["result"] for row in rows(tmp_path / "7")]
+
+
+def test_report_stands_alone(tmp_path: Path) -> None:
+    run("vqav2_eval", tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 7
+    assert not re.search(r"(?:src|href)=(?!'data:image/jpeg)", page)
+    assert "<script" not in page
+    assert all(f"What colour is thing {at}?" in page for at in range(7))
+    worst = [int(place) for place in re.findall(r"sample (\d+)<", page)]
+    scores = {row["index"]: row["score"] for row in rows(tmp_path)}
+    assert [scores[place] for place in worst] == sorted(scores.values())
+
+
+def test_text_of_a_data_set_is_no_markup(cache: Path, tmp_path: Path) -> None:
+    from lavish.runners.evaluation_report import _card
+
+    row = {"index": 0, "result": {"answer": "<b>&"}, "question": "<script>", "reference": ["<i>"], "score": 1.0}
+    card = _card(row, lambda row: None, (0.0, 1.0), 1)
+    assert "&lt;script&gt;" in card
+    assert "&lt;b&gt;&amp;" in card
+    assert "<i>" not in card.replace("<i style", "")
+
+
+def test_a_picture_that_is_gone_is_told_in_the_report(tmp_path: Path) -> None:
+    from lavish.runners.evaluation_report import _picture
+
+    def gone(row: Any) -> Any:
+        raise MediaError("thing.jpg: no such file.")
+
+    assert "thing.jpg: no such file." in _picture(gone, {})
+
+
+# -- going on
+
+
+def test_what_is_answered_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run("vqav2_eval", tmp_path)
+    whole = (tmp_path / "results.jsonl").read_bytes()
+
+    def never(self: Any, *args: Any, **options: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlipVQA, "from_config", never)
+        second = run("vqav2_eval", tmp_path)
+    assert second["splits"] == first["splits"]
+    assert (tmp_path / "results.jsonl").read_bytes() == whole
+
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_bytes(b"".join(lines[:2]))
+    (tmp_path / "results.part-00001-0a.jsonl").write_bytes(lines[5] + lines[3][:40])  # torn by the kill
+    asked: list[str] = []
+    answer = BlipVQA.predict_answers
+
+    def noted(self: Any, samples: Any, **options: Any) -> Any:
+        asked.extend(samples["text_input"])
+        return answer(self, samples, **options)
+
+    monkeypatch.setattr(BlipVQA, "predict_answers", noted)
+    assert run("vqav2_eval", tmp_path)["splits"] == first["splits"]
+    assert asked == [f"what colour is thing {at}?" for at in (2, 3, 4, 6)]
+    assert (tmp_path / "results.jsonl").read_bytes() == whole
+
+
+def test_a_damaged_file_is_no_torn_one(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"dataset": "a"\n{}\n')
+    with pytest.raises(DataError, match=r"results\.jsonl, row 1: damaged.*delete the file"):
+        Rows(tmp_path).read()
+
+
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    run("vqav2_eval", tmp_path)
+    run("vqav2_eval", tmp_path, "run.batch_size_eval=3", "run.num_workers=0")  # changes nothing that counts
+    with pytest.raises(ConfigError, match=r"run\.num_ans_candidates: 128 -> 2.*--force"):
+        run("vqav2_eval", tmp_path, "run.num_ans_candidates=2")
+    run("vqav2_eval", tmp_path, "run.num_ans_candidates=2", force=True)
+    assert len(rows(tmp_path)) == 7
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    with Rows(tmp_path).locked(), pytest.raises(ConfigError, match="another run is writing here"):
+        run("vqav2_eval", tmp_path)
+
+
+def program(processes: int, kill_rank: int, after: int, name: str, output: Path) -> subprocess.CompletedProcess[str]:
+    """Run the evaluation in its own processes, one of which may kill itself."""
+    environment = os.environ | {"PYTHONPATH": str(sets.ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    command += [str(Path(sets.__file__)), str(sets.EVAL / f"{name}.yaml"), str(kill_rank), str(after)]
+    return subprocess.run(
+        [*command, *options(name, output)], env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def answered(output: str) -> list[int]:
+    said = [json.loads(line) for line in output.splitlines() if line.startswith('{"rank"')]
+    return sorted(index for one in said for index in one["answered"])
+
+
+def test_processes_share_the_samples_and_a_killed_one_is_made_good(tmp_path: Path) -> None:
+    """Seven samples in batches of two on two processes: uneven shards; then one is killed, and a run goes on."""
+    alone = run("vqav2_eval", tmp_path / "alone")
+    together = program(2, -1, 0, "vqav2_eval", tmp_path / "together")
+    assert together.returncode == 0, together.stderr
+    assert answered(together.stdout) == list(range(7))  # each once
+    assert (tmp_path / "together" / "results.jsonl").read_bytes() == (tmp_path / "alone" / "results.jsonl").read_bytes()
+    found = json.loads((tmp_path / "together" / "metrics.json").read_text())
+    assert found["splits"] == alone["splits"]
+    assert found["record"]["processes"] == 2
+
+    killed = program(2, 1, 1, "vqav2_eval", tmp_path / "killed")
+    assert killed.returncode != 0
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    before = {row["index"] for row in Rows(tmp_path / "killed").read()}
+    assert 0 < len(before) < 7
+    rest = program(2, -1, 0, "vqav2_eval", tmp_path / "killed")
+    assert rest.returncode == 0, rest.stderr
+    assert answered(rest.stdout) == sorted(set(range(7)) - before)
+    assert (tmp_path / "killed" / "results.jsonl").read_bytes() == (tmp_path / "alone" / "results.jsonl").read_bytes()
+
+
+# -- comparison
+
+
+def test_compare(tmp_path: Path) -> None:
+    run("vqav2_eval", tmp_path / "a")
+    run("vqav2_eval", tmp_path / "b", "run.num_ans_candidates=1")
+    (found,) = compare_runs(tmp_path / "a", tmp_path / "b")
+    scores = [[row["score"] for row in rows(tmp_path / side)] for side in "ab"]
+    assert (found.split, found.metric, found.num_samples) == ("coco_vqa/val", "vqa_accuracy", 7)
+    assert found.difference.difference == pytest.approx(sum(scores[1]) / 7 - sum(scores[0]) / 7)
+    assert found.num_better == sum(b > a for a, b in zip(*scores, strict=True))
+    assert found.num_worse == sum(b < a for a, b in zip(*scores, strict=True))
+    (same,) = compare_runs(tmp_path / "a", tmp_path / "a")
+    assert same.difference == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
+    run("vqav2_eval", tmp_path / "a")
+    with pytest.raises(ConfigError, match="is no folder of a finished evaluation"):
+        compare_runs(tmp_path / "a", tmp_path)
+    run("okvqa_eval", tmp_path / "ok")
+    with pytest.raises(ConfigError, match="no split in common"):
+        compare_runs(tmp_path / "a", tmp_path / "ok")
+    stored = json.loads((tmp_path / "a" / "statistics.json").read_text())
+    stored["coco_vqa/val"]["samples"].pop()
+    (tmp_path / "ok" / "statistics.json").write_text(json.dumps(stored))
+    with pytest.raises(DataError, match="of other samples"):
+        compare_runs(tmp_path / "a", tmp_path / "ok")
+
+
+# -- any model
+
+
+def chat(output: Path, *more: str) -> Config:
+    recipe = {
+        "model": {"path": str(POCKET)},
+        "datasets": {"coco_vqa": {"type": "eval", "vis_processor": {"eval": {"name": "blip_image_eval"}}}},
+        "run": {
+            "task": "vqa",
+            "test_splits": ["val"],
+            "batch_size_eval": 4,
+            "device": "cpu",
+            "output_dir": str(output),
+        },
+    }
+    return Config(recipe, more)
+
+
+def test_a_model_that_chats(tmp_path: Path) -> None:
+    """It gets pictures as they are, and questions in the template that brings short answers."""
+    evaluation.evaluate(chat(tmp_path / "a"))
+    found = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert found["record"]["asked"]["vqa"] == {"text": "{question}", "max_new_tokens": 16, "chat_template": "vqa"}
+    answers = [row["result"]["answer"] for row in rows(tmp_path / "a")]
+    assert all(answers)
+    assert all(len(answer.split()) <= 3 for answer in answers)
+    one_by_one = chat(tmp_path / "b", "run.batch_size_eval=1")
+    evaluation.evaluate(one_by_one)
+    assert [row["result"]["answer"] for row in rows(tmp_path / "b")] == answers
+
+
+def test_how_a_model_is_asked_can_be_said(tmp_path: Path) -> None:
+    evaluation.evaluate(chat(tmp_path / "a", "model.ask.vqa={text: 'Say it: {question}', max_new_tokens: 3}"))
+    asked = json.loads((tmp_path / "a" / "metrics.json").read_text())["record"]["asked"]["vqa"]
+    assert asked == {"text": "Say it: {question}", "max_new_tokens": 3, "chat_template": "vqa"}
+    for wrong, message in (
+        ("model.ask.vqq={text: '{question}'}", r"model\.ask\.vqq: no such kind\. Did you mean 'vqa'"),
+        ("model.ask.vqa={txt: '{question}'}", r"model\.ask\.vqa\.txt: no such part"),
+        ("model.ask.vqa={text: 'what'}", r"needs \{question\}"),
+        ("model.dtyp=float32", r"dtyp.*Did you mean 'dtype'"),
+    ):
+        with pytest.raises(ConfigError, match=wrong and message):
+            evaluation.evaluate(chat(tmp_path / "b", wrong), force=True)
+
+
+def test_a_path_of_blip_is_a_registered_model(tmp_path: Path) -> None:
+    """What `lavish.load` opens and holds no conversation is asked as the registered model that it is."""
+    checkpoint = sets.FIXTURES / "blip_vqa" / "open" / "checkpoint"
+    fields = "{vision_config: {num_attention_heads: 4}, text_config: {num_attention_heads: 4}, max_txt_len: 10}"
+    evaluation.evaluate(chat(tmp_path, f"model.path={checkpoint}", f"model.config={fields}"))
+    run("vqav2_eval", tmp_path / "registered")
+    assert [row["result"] for row in rows(tmp_path)] == [row["result"] for row in rows(tmp_path / "registered")]
+
+
+# -- tasks and data of one's own
+
+
+class Lengths(torch.utils.data.Dataset):
+    """Five numbers, without the base class of LAVIS's sets."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"value": torch.tensor(float(index)), "name": f"n{index}"}
+
+    def collater(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {"value": torch.stack([one["value"] for one in samples]), "name": [one["name"] for one in samples]}
+
+
+def test_a_task_written_for_lavis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives plain numbers, fewer than samples, and its metrics by `after_evaluation`."""
+    import numpy as np
+
+    from lavish.common.registry import registry
+    from lavish.tasks.base_task import BaseTask
+
+    class Mean(BaseTask):
+        @classmethod
+        def setup_task(cls, cfg: Any, **kwargs: Any) -> "Mean":
+            return cls()
+
+        def build_model(self, cfg: Any) -> torch.nn.Module:
+            return torch.nn.Linear(1, 1)
+
+        def build_datasets(self, cfg: Any) -> dict[str, Any]:
+            return {"coco_caption": {"test": Lengths()}}
+
+        def valid_step(self, model: Any, samples: Any) -> list[float]:
+            return [samples["value"].mean().item()]
+
+        def after_evaluation(self, val_result: Any, split_name: str, epoch: Any, **kwargs: Any) -> dict[str, float]:
+            path = self.save_result(val_result, registry.get_path("result_dir"), f"{split_name}_{epoch}")
+            return {"agg_metrics": float(np.mean(json.loads(Path(path).read_text())))}
+
+    monkeypatch.setitem(registry._kinds["task"].entries, "mean_of_mine", Mean)
+    found = run("caption_coco_eval", tmp_path, "run.task=mean_of_mine")["splits"]["coco_caption/test"]
+    assert found["agg_metrics"] == pytest.approx((0.5 + 2.5 + 4) / 3)
+    assert found["num_samples"] == 5
+    assert rows(tmp_path)[0]["indices"] == [0, 1]
+    assert (tmp_path / "result" / "test_best.json").is_file()
+
+
+# -- wrong recipes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("run.test_splits=[]", "names no split to evaluate"),
+        ("run.test_splits=[tset]", r"no split 'tset' \(run\.test_splits\)"),
+        ("run.tast=vqa", r"run\.tast.*unknown key.*Did you mean 'task'"),
+        ("run.task=vqaa", "No task is named 'vqaa'. Did you mean 'vqa'"),
+        ("run.inference_method=genearte", "'genearte'.* generate | rank"),
+        ("datasets.coco_vqaa={}", "No builder is named 'coco_vqaa'"),
+        ("datasets.coco_vqa.vis_processor.eval.nme=3", "nme"),
+        ("datasets.coco_vqa.build_info.annotations.val.storage=[/none.json]", "none.json|pair"),
+        ("model.arch=blip_vqaa", "No model is named 'blip_vqaa'"),
+        ("run.device=cudaa", "cudaa"),
+    ],
+)
+def test_wrong_recipes_are_told_before_anything_heavy(
+    change: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **options: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(BlipVQA, "from_config", never)
+    with pytest.raises((ConfigError, DataError), match=message):
+        run("vqav2_eval", tmp_path / "out", change)
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_a_picture_that_is_absent_names_its_row(tmp_path: Path, cache: Path) -> None:
+    records = json.loads((cache / "coco" / "annotations" / "vqa_val_eval.json").read_text())
+    records[4]["image"] = "val2014/absent.jpg"
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    storage = [str(tmp_path / "rows.json"), *["null"] * 0]
+    files = Config(sets.EVAL / "vqav2_eval.yaml").datasets_cfg.coco_vqa.build_info.annotations.val.storage[1:]
+    change = f"datasets.coco_vqa.build_info.annotations.val={{storage: [{', '.join([*storage, *files])}], url: null}}"
+    with pytest.raises((DataError, MediaError), match=r"rows\.json, row 5.*absent\.jpg"):
+        run("vqav2_eval", tmp_path / "out", change)
+    assert len(Rows(tmp_path / "out").read()) == 4  # what was answered stays
+
+
+def test_references_of_half_a_split(tmp_path: Path, cache: Path) -> None:
+    stored = json.loads((cache / "coco" / "annotations" / "v2_mscoco_val2014_annotations.json").read_text())
+    stored["annotations"].pop()
+    (tmp_path / "half.json").write_text(json.dumps(stored))
+    with pytest.raises(DataError, match="1 of 7 questions have no right answer, first 1006"):
+        run("vqav2_eval", tmp_path / "out", f"run.annotation_file={tmp_path / 'half.json'}")
+
+
+def test_ground_truth_of_a_file(tmp_path: Path) -> None:
+    """Captions in COCO's form, as LAVIS's recipes name them in `run.annotation_file`."""
+    truth = [{"image_id": int(name[-16:-4]), "caption": "left of left", "id": at} for at, name in enumerate(sets.NAMES)]
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps({"images": [], "annotations": truth}))
+    found = run("caption_coco_eval", tmp_path / "a", f"run.annotation_file={path}")
+    assert all(row["reference"] == ["left of left"] for row in rows(tmp_path / "a"))
+    assert found["splits"]["coco_caption/test"]["metrics"]["ROUGE_L"]["value"] > 0
+    by_split = f"run.annotation_file={{test: {path}}}"
+    assert run("caption_coco_eval", tmp_path / "b", by_split)["splits"] == found["splits"]
+    path.write_text(json.dumps([1]))
+    with pytest.raises(DataError, match=r"no captions in COCO's form"):
+        run("caption_coco_eval", tmp_path / "c", f"run.annotation_file={path}")
+
+
+def test_every_built_in_task_of_results_says_how_they_are_merged() -> None:
+    from lavish.common.registry import registry
+
+    for name in registry.list_tasks():
+        cls = registry.get_task_class(name)
+        assert cls.scores_loaded_models or issubclass(cls, ScoredTask)
