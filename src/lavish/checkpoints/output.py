@@ -33,9 +33,12 @@ FILE_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
 JOURNAL = ".journal"
 UNFINISHED = ".part"
 """What a file is called after its name until all of its bytes are on the disk."""
-RESUME_BYTES = 256 << 20
-"""How much is written between two points of the journal, each of which waits for the disk."""
+RESUME_BYTES = 64 << 20
+"""How much is written between two points of the journal; each is noted when the disk has it, while the next is written.
+"""
 CHUNK_BYTES = 16 << 20
+CHECKED_NUMEL = 4 << 20
+"""How many values are looked at together: torch needs as much memory again to look."""
 AHEAD_BYTES = 256 << 20
 """The largest tensor that is made while the one before it is written."""
 
@@ -130,7 +133,8 @@ class TargetOptions:
         made = value.to(to)
         if torch.finfo(to).max >= torch.finfo(value.dtype).max:
             return made
-        lost = int((made.isinf() & ~value.isinf()).sum()) if bool(made.isinf().any()) else 0
+        parts = zip(made.reshape(-1).split(CHECKED_NUMEL), value.reshape(-1).split(CHECKED_NUMEL), strict=True)
+        lost = sum(int((part.isinf() & ~source.isinf()).sum()) for part, source in parts)
         if not lost:
             return made
         largest = torch.finfo(to).max
@@ -141,7 +145,7 @@ class TargetOptions:
                 f"ends at {largest:.6g}. Write bfloat16 or float32, or clamp them (--clamp)."
             )
         self.clamped[name] = lost
-        return torch.where(value.isinf(), made, value.clamp(-largest, largest).to(to))
+        return torch.where(value.isinf(), made, made.clamp(-largest, largest))
 
     def take(
         self, name: str, tensors: TensorMap, info: Stored, sources: tuple[str, ...], dtype: str | None = None
@@ -156,6 +160,7 @@ class TargetOptions:
 
             def mapped() -> torch.Tensor:
                 kept.append(tensors.open(info.file))
+                kept[0].fetch(info)
                 return kept[0].tensor(info)
 
             def release() -> None:
@@ -402,7 +407,8 @@ class _Writing:
                     _write(handle, chunk)
             else:
                 layout.restore(point["state"])
-            self._write_tensors(index, handle, layout, point["tensors"])
+            with ThreadPoolExecutor(1, thread_name_prefix="lavish-disk") as disk:
+                self._write_tensors(index, handle, layout, point["tensors"], disk)
             for chunk in layout.end(handle.tell()):
                 _write(handle, chunk)
             os.fsync(handle.fileno())
@@ -411,9 +417,9 @@ class _Writing:
         _sync_folder(path.parent)
         self._note({"file": index, "tensors": len(file.outputs), "bytes": size, "state": {}, "is_done": True})
 
-    def _write_tensors(self, index: int, handle: Any, layout: Format, first: int) -> None:
+    def _write_tensors(self, index: int, handle: Any, layout: Format, first: int, disk: ThreadPoolExecutor) -> None:
         outputs = self.plan.files[index].outputs
-        unsaved = 0
+        unsaved, saving = 0, None
         for number, output, tensor in _made_ahead(outputs, first):
             for chunk in layout.tensor(output, data_of(tensor), handle.tell()):
                 _write(handle, chunk)
@@ -422,12 +428,23 @@ class _Writing:
             self.done += output.nbytes
             unsaved += output.nbytes
             if unsaved >= self.resume_bytes and number + 1 < len(outputs):
-                os.fdatasync(handle.fileno()) if hasattr(os, "fdatasync") else os.fsync(handle.fileno())
+                if saving is not None:
+                    saving.result()
                 point = {"file": index, "tensors": number + 1, "bytes": handle.tell(), "state": layout.state()}
-                self._note(point)
+                saving = disk.submit(self._save, handle.fileno(), point)
                 unsaved = 0
             if self.progress is not None:
                 self.progress(self.done, self.total)
+        if saving is not None:
+            saving.result()
+
+    def _save(self, file: int, point: Mapping[str, Any]) -> None:
+        """Wait until the disk has what is written, then note that it has."""
+        if hasattr(os, "fdatasync"):
+            os.fdatasync(file)
+        else:
+            os.fsync(file)
+        self._note(point)
 
     def _check_size(self, path: Path, needed: int, *, is_done: bool) -> None:
         found = path.stat().st_size if path.is_file() else -1

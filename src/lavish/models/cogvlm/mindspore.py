@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavish.checkpoints import mindspore
+from lavish.checkpoints import hf, mindspore
+from lavish.checkpoints.json_file import read_optional_object
 from lavish.checkpoints.mindspore import STRATEGY_FOLDER, Layout
 from lavish.checkpoints.mindspore_format import MindSporeFormat, encode_strategy
 from lavish.checkpoints.output import Output, TargetOptions, TargetPlan, TensorFile
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+GENERATION = "generation_config.json"
+SMALL_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", GENERATION)
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -74,7 +78,8 @@ def open_release(path: Path) -> Release:
     folder = path if path.is_dir() else path.parent
     fields = config_fields(path, infos, stored.get(FREQS) or stored.get(_with_lora(FREQS)))
     vocab_size = infos["model.embed_tokens.weight"].shape[0] if "model.embed_tokens.weight" in infos else None
-    return Release(fields, TensorMap(path, infos), folder, partial(_load_tokenizer, vocab_size=vocab_size))
+    read_tokenizer = partial(_load_tokenizer, vocab_size=vocab_size)
+    return Release(fields, TensorMap(path, infos), folder, read_tokenizer, read_optional_object(folder / GENERATION))
 
 
 def _load_tokenizer(place: Path, vocab_size: int | None) -> Any:
@@ -200,7 +205,13 @@ def plan_target(fields: Mapping[str, Any], tensors: TensorMap, options: TargetOp
     else:
         files, strategy = _ranks(sizes, tensors, options, kept)
         texts |= {f"{STRATEGY_FOLDER}/ckpt_strategy_rank_{r}.ckpt": strategy for r in range(options.model_parallel)}
-    return TargetPlan(files=files, texts=texts, dropped=tuple(dropped), made=tuple(made))
+    return TargetPlan(files, texts, _small_files(tensors.path), tuple(dropped), tuple(made))
+
+
+def _small_files(path: Path) -> dict[str, Path]:
+    """Find what else a model needs beside its weights: the tokenizer, and how it answers."""
+    folder = path if path.is_dir() else path.parent
+    return {name: hf.inside(folder, name) for name in SMALL_FILES if (folder / name).is_file()}
 
 
 _Kept = dict[str, tuple[Stored | Output, str]]
@@ -248,7 +259,7 @@ def _ranks(
     files: list[TensorFile] = []
     for rank in range(num_ranks):
         outputs: list[Output] = []
-        for target, (info, source) in kept.items():
+        for target, (info, source) in sorted(kept.items()):
             axis = next((axis for pattern, axis in CUTS.items() if matches((pattern,), target)), None)
             layouts[target] = Layout((num_ranks,), tuple(0 if a == axis else -1 for a in range(len(info.shape))))
             if axis is not None and not isinstance(info, Output):

@@ -85,7 +85,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, base: float):
         super().__init__()
         self.head_dim, self.base = head_dim, base
-        self.register_buffer("inv_freq", reference_inv_freq(head_dim, base, torch.get_default_dtype()))
+        inv_freq = reference_inv_freq(head_dim, base, torch.get_default_dtype())
+        self.register_buffer("inv_freq", inv_freq.to(torch.get_default_device()))  # of a network on the meta device too
 
 
 # -- decoder -----------------------------------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def complete(network: CogVLMForCausalLM, absent: Iterable[str] = ()) -> None:
             raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
         module, weight = names[name], network.lm_head.weight
         # In the dtype of the weights, as the release builds it: float32 cast to bf16 differs in 17 of 64 entries.
-        module.inv_freq = reference_inv_freq(module.head_dim, module.base, weight.dtype).to(weight.device)
+        dtype = torch.float32 if network.config.rope == "float32" else weight.dtype
+        module.inv_freq = reference_inv_freq(module.head_dim, module.base, dtype).to(weight.device, weight.dtype)
     first = rotary[0].inv_freq
     for index, module in enumerate(rotary[1:], start=1):
         if not first.is_meta and not torch.equal(module.inv_freq.to(first.device), first):
