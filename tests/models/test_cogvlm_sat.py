@@ -27,6 +27,7 @@ from lavish.common.errors import (
     UnexpectedKeys,
     UnknownLayout,
 )
+from lavish.inference.convert import convert as lavish_convert
 from lavish.models.cogvlm import manifest, sat
 from lavish.models.cogvlm.model import position_ids_from, vision_expert_mask
 from lavish.models.cogvlm.sat_config import config_fields, sat_fields, template_of_name
@@ -532,3 +533,57 @@ def test_the_longer_context_is_kept_and_said(caplog: pytest.LogCaptureFixture) -
     release = open_release(OPEN / "checkpoint")
     assert release.fields["max_position_embeddings"] == 4096
     assert "max_sequence_length is 4096, where the Hugging Face release says 2048" in caplog.text
+
+
+# -- with the command's own function -----------------------------------------------------------------------------------
+
+
+def test_convert_to_a_folder_that_loads_like_the_original(tmp_path: Path) -> None:
+    """Two ranks to a Hugging Face folder, verified: the expected tensors bit for bit, and the same logits."""
+    report = lavish_convert(OPEN / "checkpoint_mp2", tmp_path / "hf", tokenizer=OPEN / "tokenizer", verify=True)
+    assert (report.layout, report.num_tensors, report.dropped) == ("sat", 65, ())
+    assert equal(load_file(tmp_path / "hf/model.safetensors"), expected_hf())
+    vlm = lavish.load(tmp_path / "hf", device="cpu")
+    found = inputs("chat_old_image")
+    with torch.no_grad():
+        assert torch.equal(vlm.model(**found).logits, loaded().model(**found).logits)
+    again = lavish_convert(tmp_path / "hf", tmp_path / "sat", to="sat", model_parallel=2, verify=True)
+    assert [name for name, _ in again.dropped] == ["model.layers.1.self_attn.rotary_emb.inv_freq"]
+    for rank in (0, 1):
+        name = f"1/{layout.RANK_FILE.format(rank)}"
+        ours = torch.load(tmp_path / "sat" / name, weights_only=True)["module"]
+        assert equal(ours, torch.load(OPEN / "checkpoint_mp2" / name, weights_only=True)["module"])
+
+
+def test_convert_from_two_ranks_to_one(tmp_path: Path) -> None:
+    lavish_convert(OPEN / "checkpoint_mp2", tmp_path / "sat", to="sat", verify=True)
+    ours = torch.load(tmp_path / "sat" / RANK0, weights_only=True)["module"]
+    assert equal(ours, torch.load(OPEN / "checkpoint" / RANK0, weights_only=True)["module"])
+    assert layout.read_config(tmp_path / "sat")["text_processor_version"] == "chat_old"
+
+
+def test_cogvlm2_is_told_which_layouts_hold_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is of CogVLM2, .* Convert it to hf or mindspore"):
+        lavish_convert(FIXTURES / "cogvlm2/open/checkpoint", tmp_path / "sat", to="sat")
+    assert not (tmp_path / "sat").exists()
+
+
+# -- as any other network ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_ranks_load_in_parts_and_quantised(tmp_path: Path) -> None:
+    """Shares, layers on the disk and int8 read the laid-together ranks as they read a whole file."""
+    found, wanted = inputs("base_grounding"), tensors()["base_grounding.logits"]
+    options = {"tokenizer": OPEN / "tokenizer", "device": "cpu"}
+    split = lavish.load(
+        OPEN / "checkpoint_mp2", tokenizer=OPEN / "tokenizer", device_map={"": "cpu", "lm_head": "disk"}
+    )
+    torch.testing.assert_close(split.model(**found).logits[0], wanted, **SAT_LOGITS)
+    one = lavish.load(OPEN / "checkpoint", quantization="int8", **options).model(**found).logits
+    two = lavish.load(OPEN / "checkpoint_mp2", quantization="int8", **options).model(**found).logits
+    assert torch.equal(one, two)
+    half = lavish.load(OPEN / "checkpoint_mp2", dtype="bfloat16", **options).model
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    half.save_pretrained(tmp_path / "saved")
+    assert lavish.load(tmp_path / "saved", **options).model.lm_head.weight.equal(half.lm_head.weight)
