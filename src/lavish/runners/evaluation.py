@@ -438,8 +438,8 @@ class Job:
         if absent or beyond:
             raise DataError(
                 f"{self.rows.folder}: {result.name} has {count} samples; {len(absent)} have no result"
-                f"{f', first sample {absent[0]}' if absent else ''}, and {len(beyond)} results are of no sample. Run the "
-                "same command again; with another data set than before, start anew with --force."
+                f"{f', first sample {absent[0]}' if absent else ''}, and {len(beyond)} results are of no sample. Run "
+                "the same command again; with another data set than before, start anew with --force."
             )
 
     def _note_scores(self, result: SplitResult, dataset: Any) -> None:

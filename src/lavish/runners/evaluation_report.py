@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 OpenPicture = Callable[[Row], Any]
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8888; --bad: #c4453c; --good: #2e8b57; }
+:root { color-scheme: light dark; --line: #8884; --soft: #767676; --bad: #c4453c; --good: #2e8b57; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 2rem 1rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .5rem; }

@@ -1,8 +1,8 @@
 """`results.jsonl` of an evaluation: one line a sample, written as it is answered, so that a killed run goes on.
 
 While a run goes on each process appends to a file of its own; at its end the main one puts all together, in the order
-of the data set. A line: {"dataset", "split", "index", "result", ...}, where `index` is the sample's place in its data set
-and `result` what the task gave; or "indices" and "results" where a task gives another number of results than samples.
+of the data set. A line: {"dataset", "split", "index", "result", ...}, where `index` is the sample's place in its data
+set and `result` what the task gave; or "indices" and "results" where a task gives more or fewer results than samples.
 """
 
 from __future__ import annotations
