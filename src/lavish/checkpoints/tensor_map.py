@@ -320,6 +320,12 @@ class MappedFile:
             flat.view(torch.uint8).numpy()[:] = raw.numpy()
         return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
 
+    def fetch(self, info: TensorInfo) -> None:
+        """Let the system read a tensor's pages ahead, in the background."""
+        if hasattr(self._map, "madvise"):
+            start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, start, info.offset + info.span * ITEM_BYTES[info.dtype] - start)
+
     def forget(self, info: TensorInfo) -> None:
         """Give the pages of a tensor that was copied out back to the system; taken again, they are read again."""
         if not hasattr(self._map, "madvise"):  # Windows has no madvise; there the pages go when the file is closed
