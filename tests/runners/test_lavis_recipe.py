@@ -16,6 +16,7 @@ from lavish.cli import main
 from lavish.common.config import Config
 from lavish.common.errors import CheckpointError, ConfigError
 from lavish.common.registry import registry
+from lavish.models import load_model
 from lavish.models.base_model import BaseModel
 from lavish.runners.recipe import open_recipe, train
 from lavish.runners.runner_base import RunnerBase
@@ -410,3 +411,24 @@ def test_two_processes_of_torchrun_give_what_one_gives(tmp_path: Path) -> None:
         losses.append([line["loss"] for line in lines(folder / "out" / "log.jsonl")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert len(losses[0]) == 20
+
+
+def test_a_checkpoint_has_the_names_of_the_release_and_is_loaded_as_one(tmp_path: Path) -> None:
+    out = run(tmp_path, max_epoch=1)
+    held = torch.load(out / "checkpoint_last.pth", weights_only=True)["model"]
+    released = torch.load(tmp_path / "blip" / "blip_coco_caption_base.pth", weights_only=True)
+    unused = {"text_decoder.bert.embeddings.position_ids"}
+    assert set(held) - unused == set(released.get("model", released)) - unused
+    section = tiny_lavis.blip_section(tmp_path, "blip_caption", "base_coco")
+    config = {name: section[name] for name in ("vision_config", "image_size", "max_txt_len")}
+    med = json.loads((tmp_path / "blip" / "med_config.json").read_text())
+    config["text_config"] = {"num_attention_heads": med["num_attention_heads"]}
+    model = load_model(
+        "blip_caption",
+        "base_coco",
+        checkpoint=out / "checkpoint_last.pth",
+        config=config,
+        tokenizer=section["tokenizer"],
+    )
+    name = "text_decoder.bert.embeddings.word_embeddings.weight"
+    assert torch.equal(model.network.state_dict()[name], held[name])

@@ -7,7 +7,7 @@ salesforce/LAVIS, lavis/models/base_model.py. Unlike there, loading a checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from torch import nn
 from lavish.checkpoints import lavis
 from lavish.checkpoints.download import fetch, is_url
 from lavish.checkpoints.loading import load_into
+from lavish.checkpoints.rules import Rule
 from lavish.common.config import PACKAGE, load_yaml, merge
 from lavish.common.errors import ConfigError, did_you_mean, shown
 
@@ -95,6 +96,12 @@ class BaseModel(nn.Module):
     def processor_settings(self) -> dict[str, Any]:
         """What the loaded model knows better than the YAML of its processors, by the settings' names there."""
         return {} if self.image_size is None else {"image_size": self.image_size}
+
+    @property
+    def release_rules(self) -> Sequence[Rule] | None:
+        """Rules from the release's tensors to those of `self.network`, by which a run's checkpoints get the release's
+        names; None: they have the model's own."""
+        return None
 
     @property
     def device(self) -> torch.device:

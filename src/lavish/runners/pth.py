@@ -13,14 +13,48 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavish.checkpoints.loading import rearrange
+from lavish.checkpoints.rules import Drop, reverse
 from lavish.common.errors import CheckpointError
+from lavish.models.base_model import BaseModel
 from lavish.runners.engines import Engine, Mismatch, trained
 from lavish.runners.optim import OptimizerGroup
 
+NETWORK = "network."
+"""Beginning of the names of a registered model's network."""
+
 
 def gather(model: nn.Module, engine: Engine) -> dict[str, torch.Tensor]:
-    """Give the trained weights and the buffers, whole, on the CPU; all processes of a run call it."""
-    return {name: engine.full(tensor).cpu().clone() for name, tensor in trained(model).items()}
+    """Give the trained weights, tied ones under each of their names, and the buffers, whole, on the CPU, by the names
+    that the release's files have; all processes of a run call it."""
+    names = {id(tensor): name for name, tensor in trained(model).items()}
+    whole = {name: engine.full(tensor).cpu().clone() for name, tensor in trained(model).items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad and name not in whole:
+            whole[name] = whole[names[id(parameter)]]
+    return released(model, whole)
+
+
+def released(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give the weights of a registered model by the names of its release."""
+    rules = model.release_rules if isinstance(model, BaseModel) else None
+    if rules is None:
+        return tensors
+    return rearrange({name.removeprefix(NETWORK): tensor for name, tensor in tensors.items()}, reverse(rules))
+
+
+def native(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give weights by the names that the model itself has, each tied one once."""
+    rules = model.release_rules if isinstance(model, BaseModel) else None
+    if rules is None:
+        found = tensors
+    else:
+        kept = [rule for rule in rules if not isinstance(rule, Drop)]
+        found = {NETWORK + name: tensor for name, tensor in rearrange(tensors, kept).items()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in model.named_parameters()
+    }
+    return {name: tensor for name, tensor in found.items() if name not in tied}
 
 
 def write(
@@ -94,6 +128,6 @@ def resume(path: Path, model: nn.Module, optimizer: OptimizerGroup, engine: Engi
 
 def _fill(path: Path, model: nn.Module, engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
     try:
-        engine.fill(model, tensors)
+        engine.fill(model, native(model, tensors))
     except Mismatch as error:
         raise CheckpointError(f"{path}: is of another model than the recipe's: {error}") from error

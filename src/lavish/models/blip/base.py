@@ -6,19 +6,21 @@ sample (samples.py), and how a file becomes a network (opening.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lavish.checkpoints.rules import Rule
 from lavish.common.errors import ConfigError, DataError, did_you_mean, shown
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
 from lavish.models.blip.beam_search import Rules
 from lavish.models.blip.config import ARCHITECTURES, TOP_LEVEL
 from lavish.models.blip.opening import Wanted, new_network, open_network
 from lavish.models.blip.processor import BlipProcessor
+from lavish.models.blip.weights import RULES
 
 SECTION_KEYS = (
     *TOP_LEVEL,
@@ -37,6 +39,11 @@ class BlipBase(BaseModel):
         super().__init__()
         self.network = network
         self.processor = processor
+
+    @property
+    def release_rules(self) -> Sequence[Rule]:
+        """Rules from the names of LAVIS's files."""
+        return RULES
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> BlipBase:

@@ -7,7 +7,7 @@ projects/gpt/eval/dialogue_avsd_eval.yaml for the options of generation, which L
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from lavish.checkpoints import deepspeed, hf, hub, lavis
 from lavish.checkpoints.json_file import read_object
 from lavish.checkpoints.layouts import config_folder, read_weights
 from lavish.checkpoints.loading import load_into
+from lavish.checkpoints.rules import Rule
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
@@ -122,6 +123,11 @@ class GPTDialogue(BaseModel):
         options = {name: settings[name] for name in PROCESSOR_KEYS if name in settings}
         processor = GPTDialogueProcessor.from_config(network.config, tokenizer, **options)
         return cls(network, processor, settings.get("compat"), folder)
+
+    @property
+    def release_rules(self) -> Sequence[Rule]:
+        """Rules from the names of LAVIS's files."""
+        return RULES
 
     @property
     def processor_settings(self) -> dict[str, Any]:

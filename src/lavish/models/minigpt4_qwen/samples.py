@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lavish.checkpoints import hf, hub
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.checkpoints.loading import load_into, rearrange
+from lavish.checkpoints.rules import Rule
 from lavish.common.errors import (
     ConfigError,
     DataError,
@@ -114,6 +115,11 @@ class MiniGPT4Qwen(BaseModel):
         network, processor = _load(local_file(trained), section, fields, tokenizer)
         _freeze(network, section)
         return cls(network, processor, int(section.get("max_txt_len", 512)))
+
+    @property
+    def release_rules(self) -> Sequence[Rule]:
+        """Rules from the names of the release's files."""
+        return RULES
 
     @property
     def processor_settings(self) -> dict[str, Any]:
