@@ -88,7 +88,7 @@ def command(
         "grounding": grounding,
     }
     from lavish.cli import processes
-    from lavish.cli.dialogue import COMMANDS, Dialogue, check_template, video_path
+    from lavish.cli.dialogue import COMMANDS, Dialogue, check_template, template_warning, video_path
     from lavish.cli.loading import describe, load_model
     from lavish.cli.screen import Pipes, Terminal
     from lavish.cli.terminal import working
@@ -99,6 +99,8 @@ def command(
         parse_options(generation)  # what is wrong is said before minutes of loading
         if template is not None:
             check_template(template)
+            if (warning := template_warning(name, template)) is not None:
+                say(warning)
         if image is not None and video is not None:
             raise ConfigError("--image and --video contradict each other; a conversation is about one of them.")
         clip = None if video is None else video_path(video)

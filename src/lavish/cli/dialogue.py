@@ -372,6 +372,10 @@ class Dialogue:
         return "\n".join(lines)
 
 
+FITTING = {"base": ("base",), "chat": ("chat", "chat_old", "vqa", "vicuna")}
+"""Templates that a model can be asked with, by the one that its name tells."""
+
+
 def templates(processor: Any = None) -> list[str]:
     """Name the prompt formats of a loaded model's family; without one those of all families, which are CogVLM's."""
     from lavish.models.cogvlm.processor import TEMPLATES, CogVLMProcessor
@@ -385,10 +389,22 @@ def check_template(name: str, processor: Any = None) -> str:
     Raises:
         PromptError: there is none of this name.
     """
+    from lavish.models.cogvlm.processor import ALIASES
+
     known = templates(processor)
-    if name not in known:
+    if ALIASES.get(name, name) not in known:
         raise PromptError(f"No template {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
     return name
+
+
+def template_warning(model: str | None, name: str) -> str | None:
+    """Say that a prompt format is not the one that a model of this name was trained with; None: it may be."""
+    from lavish.models.cogvlm.sat_config import template_of_name
+
+    trained = template_of_name(Path(model or "").name)
+    if trained is None or name in FITTING[trained]:
+        return None
+    return f"{Path(model or '').name} was trained with the template {trained!r}, and {name!r} was asked for."
 
 
 def is_url(text: str) -> bool:

@@ -122,9 +122,11 @@ def command(
     }
     parse_options(generation)
     if template is not None:
-        from lavish.cli.dialogue import check_template
+        from lavish.cli.dialogue import check_template, template_warning
 
         check_template(template)
+        if (warning := template_warning(model, template)) is not None:
+            say(warning)
     loading: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "tokenizer": tokenizer}
     more = {"adapter": adapter, "base": base, "pieces": piece, "config": config}
     loading |= {name: value for name, value in more.items() if value is not None}

@@ -79,6 +79,10 @@ TEMPLATES = {
 }
 
 
+ALIASES = {"chat_old": "chat"}
+"""What else a template is called: SAT's `--version` of the CogVLM chat models."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A rendered conversation: pieces of (text, is an answer to learn), and its picture or video, if any."""
@@ -320,6 +324,7 @@ class CogVLMProcessor(ProcessorMixin):
 
     def _template(self, chat_template: str | None) -> tuple[str, Template]:
         name = self.template_version if chat_template is None else chat_template
+        name = ALIASES.get(name, name) if isinstance(name, str) else name
         if not isinstance(name, str) or name not in TEMPLATES:
             origin = "the model config's template_version" if chat_template is None else "chat_template"
             raise PromptError(
