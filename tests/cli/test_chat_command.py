@@ -61,7 +61,7 @@ def test_interrupt_through_a_pipe_is_130(checkpoint: Path, monkeypatch: pytest.M
         (["--chinese", "--english"], "contradict each other"),
         (["--lang", "fr"], "--lang fr: there is en and zh"),
         (["--quant", "2"], "--quant 2 is not offered"),
-        (["--version", "chat_old"], "No template 'chat_old'. Did you mean 'chat'?"),
+        (["--version", "chta"], "No template 'chta'. Did you mean 'chat'?"),
         (["--max-length", "9", "--max-new-tokens", "9"], "not both"),
         (["--top-p", "3"], "top_p must be above 0"),
         (["--from_pretrained", "other"], "contradict each other"),
