@@ -1,0 +1,165 @@
+"""Data that people have as datasets: conversations for the chat families, phrases with boxes for grounding.
+
+A sample of conversations has `messages`, `id` and `instance_id`; in a batch they are lists, and a chat processor makes
+tensors of `messages` with `apply_chat_template(..., return_labels=True, padding_side="right")`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lavish.common import dist
+from lavish.common.errors import DataError
+from lavish.datasets.datasets.base_dataset import MAX_WARNINGS, BaseDataset
+from lavish.datasets.formats.checking import problem_of
+from lavish.datasets.formats.opening import Source, open_data
+from lavish.datasets.formats.records import EXPRESSIONS, corners, size_of
+from lavish.datasets.formats.tables import ShardStream
+
+logger = logging.getLogger(__name__)
+
+
+class ConversationDataset(BaseDataset):
+    """Rows of files in any format of `opening.FORMATS`; processors are those of the model, not of the dataset."""
+
+    def __init__(
+        self,
+        vis_processor: Any = None,
+        text_processor: Any = None,
+        vis_root: str | Path | None = None,
+        ann_paths: Sequence[str | Path] = (),
+        format: str | None = None,
+        prompt: str | None = None,
+    ) -> None:
+        """`ann_paths` are files or folders, `format` and `prompt` as in `open_data`.
+
+        Raises:
+            DataError: a file of no known form, or a stream (see `ConversationStream`).
+        """
+        super().__init__(vis_processor, text_processor, vis_root)
+        self.opened = [open_data(path, format, images=vis_root, prompt=prompt) for path in ann_paths]
+        for source in self.opened:
+            if source.is_stream:
+                raise DataError(f"{source.path}: is a stream; set build_info.streaming: true.")
+        self.ends = list(itertools.accumulate(len(source) for source in self.opened))
+        self._broken = torch.zeros(max(1, len(self)), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.opened else 0
+
+    def _row(self, index: int) -> tuple[Source, str, Any]:
+        at = bisect.bisect_right(self.ends, index)
+        rows: Any = self.opened[at].rows
+        return self.opened[at], *rows[index - (self.ends[at - 1] if at else 0)]
+
+    def where(self, index: int) -> str:
+        """Say which row of which file a sample is."""
+        return self._row(index % len(self))[1]
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """Give one conversation.
+
+        Raises:
+            DataError: the row is wrong; pictures are opened later, by the processor.
+        """
+        source, where, row = self._row(index)
+        return {**checked(source.sample(where, row)), "instance_id": str(index)}
+
+
+class ConversationStream(IterableDataset):
+    """Rows of tar shards or streamed tables; every process and worker takes rows of its own, once a pass."""
+
+    def __init__(
+        self,
+        vis_processor: Any = None,
+        text_processor: Any = None,
+        vis_root: str | Path | None = None,
+        ann_paths: Sequence[str | Path] = (),
+        format: str | None = None,
+        prompt: str | None = None,
+    ) -> None:
+        self.opened = [open_data(path, format, images=vis_root, prompt=prompt, streaming=True) for path in ann_paths]
+        self.num_broken = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Give the samples in the order of the files; what is wrong is told, counted and passed over."""
+        worker = get_worker_info()
+        num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        readers, reader = dist.world_size() * num_workers, dist.rank() * num_workers + worker_id
+        for source in self.opened:
+            for where, row in _share(source.rows, reader, readers):
+                try:
+                    yield {**checked(source.sample(where, row)), "instance_id": where}
+                except DataError as error:
+                    self.num_broken += 1
+                    if self.num_broken <= MAX_WARNINGS:
+                        logger.warning("%s: %s It is left out (%d broken so far).", where, error, self.num_broken)
+
+    def collater(self, samples: Sequence[Any]) -> dict[str, Any]:
+        """Make a batch of lists."""
+        return {key: [sample[key] for sample in samples] for key in samples[0]}
+
+
+class ReferringDataset(BaseDataset):
+    """RefCOCO in rows or as MDETR writes it: `image`, `text_input` (the phrase), `ref_id`, `instance_id`.
+
+    Records have `bbox` or `box` and `width` and `height`, in pixels, by which the task `grounding` scores.
+    """
+
+    def __init__(
+        self,
+        vis_processor: Any = None,
+        text_processor: Any = None,
+        vis_root: str | Path | None = None,
+        ann_paths: Sequence[str | Path] = (),
+    ) -> None:
+        super().__init__(vis_processor, text_processor, vis_root)
+        for path in ann_paths:
+            source = open_data(path, images=vis_root)
+            if source.format not in ("refcoco", "coco_refcoco"):
+                raise DataError(f"{path}: holds {source.format}, no phrases with boxes.")
+            self.add_annotation(path, [dict(row) for _, row in source.rows])
+        self._add_instance_ids()
+        for index, record in enumerate(self.annotation):
+            try:
+                corners(record), size_of(record)
+            except DataError as error:
+                raise DataError(f"{self.where(index)}: {error}") from error
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """Give one phrase with its picture."""
+        record = self.annotation[index]
+        phrase = next(record[name] for name in EXPRESSIONS if record.get(name) is not None)
+        return {
+            "image": self.picture(record.get("image")),
+            "text_input": self.text_processor(phrase),
+            "ref_id": record.get("ref_id", record.get("id", index)),
+            "instance_id": record["instance_id"],
+        }
+
+
+def checked(sample: dict[str, Any]) -> dict[str, Any]:
+    """Give the sample back.
+
+    Raises:
+        DataError: speakers out of order, or nothing to learn.
+    """
+    problem = problem_of(sample)
+    if problem is not None:
+        raise DataError(problem)
+    return {name: sample[name] for name in ("messages", "id")}
+
+
+def _share(rows: Any, reader: int, readers: int) -> Iterator[tuple[str, Any]]:
+    """Give the rows of one reader: whole shards where there are enough of them, else every so many rows."""
+    if isinstance(rows, ShardStream) and len(rows.shards) >= readers:
+        return iter(ShardStream(rows.shards[reader::readers]))
+    return itertools.islice(iter(rows), reader, None, readers)
