@@ -155,6 +155,81 @@ def hf_weights(tmp_path: Path) -> dict[str, torch.Tensor]:
     return dict(lavish.load(tmp_path / "base", device="cpu").model.state_dict())
 
 
+# -- between layouts ---------------------------------------------------------------------------------------------------
+
+
+def assert_equal_files(left: Path, right: Path) -> None:
+    one, other = hf.read(left), hf.read(right)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        assert torch.equal(bits(one[name]), bits(other[name])), name
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("model_parallel", [1, 2])
+def test_hf_to_sat_and_back_is_equal_bit_by_bit(tmp_path: Path, dtype: str, model_parallel: int) -> None:
+    convert(V1, tmp_path / "hf", dtype=dtype)
+    there = convert(tmp_path / "hf", tmp_path / "sat", "sat", model_parallel=model_parallel, verify=True)
+    assert len(there.files) == model_parallel
+    assert all(why.startswith("equal to layer 0's") for _, why in there.dropped)
+    back = convert(tmp_path / "sat", tmp_path / "back", tokenizer=V1, verify=True)
+    assert (back.layout, back.notes) == ("sat", ())
+    stored = hf.read(tmp_path / "hf")
+    if any("inv_freq" in name for name in stored):
+        assert_equal_files(tmp_path / "hf", tmp_path / "back")
+    else:  # SAT holds the table, the release of v1 need not
+        assert all(torch.equal(bits(stored[name]), bits(hf.read(tmp_path / "back")[name])) for name in stored)
+
+
+def test_sat_to_hf_and_back_is_equal_bit_by_bit(tmp_path: Path) -> None:
+    from lavish.checkpoints import sat
+
+    source = FIXTURES / "cogvlm_sat" / "open" / "checkpoint"
+    report = convert(source, tmp_path / "hf", verify=True)
+    assert "has no tokenizer, so the folder has none either" in report.notes[0]
+    assert_equal_files(tmp_path / "hf" / "model.safetensors", source.parent / "expected_hf" / "model.safetensors")
+    for ranks in (1, 2):
+        convert(tmp_path / "hf", tmp_path / f"sat{ranks}", "sat", model_parallel=ranks)
+        before, after = sat.read(source), sat.read(tmp_path / f"sat{ranks}")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(bits(before[name]), bits(after[name])) for name in before)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("model_parallel", [1, 2])
+def test_hf_to_mindspore_and_back_is_equal_bit_by_bit(tmp_path: Path, dtype: str, model_parallel: int) -> None:
+    source = as_released(tmp_path / "hf", dtype)
+    there = convert(source, tmp_path / "ms", "mindspore", model_parallel=model_parallel, verify=True)
+    assert len(there.files) == model_parallel
+    back = convert(tmp_path / "ms", tmp_path / "back", verify=True)
+    assert back.layout == "mindspore"
+    assert {name for name, _ in back.made} == {name for name in hf.read(source) if "inv_freq" in name}
+    assert_equal_files(source, tmp_path / "back")
+
+
+def as_released(folder: Path, dtype: str) -> Path:
+    """CogVLM2 in a dtype, its rotary tables computed in that dtype, as the release's are, and not cast to it."""
+    from lavish.models.cogvlm.model import reference_inv_freq
+
+    convert(V2, folder, dtype=dtype)
+    weights = {name: value.clone() for name, value in hf.read(folder).items()}
+    for name, value in weights.items():
+        if "inv_freq" in name:
+            weights[name] = reference_inv_freq(2 * len(value), 500000.0, value.dtype)
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_sat_has_no_way_to_mindspore_and_the_message_says_what_has(tmp_path: Path) -> None:
+    source = FIXTURES / "cogvlm_sat" / "open" / "checkpoint"
+    with pytest.raises(ConfigError, match=r"a CogVLM v1, which MindFormers never had.* hf, sat"):
+        convert(source, tmp_path / "new", "mindspore")
+    with pytest.raises(ConfigError, match=r"is of CogVLM2.*Convert it to hf or mindspore"):
+        convert(V2, tmp_path / "new", "sat")
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 

@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lavish.checkpoints import hf
 from lavish.checkpoints.output import FLOATS, Output, TargetOptions, TargetPlan, safetensors_files
+from lavish.checkpoints.rules import Optional, matches
 from lavish.common.errors import CheckpointError, ConfigError
 from lavish.inference.lora import deltas
 from lavish.inference.source import Source, network_outputs
@@ -44,15 +48,34 @@ def plan_hf(source: Source, options: TargetOptions, tokenizer: str | Path | None
         native = source.family.native_adapter if source.opened is not None else None
         added = deltas(source.adapter, native, source.places.sources)
     outputs = network_outputs(source, options, added)
+    computed, made = _computed(source, outputs)
+    outputs += computed
     files, texts = safetensors_files(outputs, options.max_shard_bytes)
     notes: list[str] = []
     texts |= {CONFIG: _config_text(source, options, outputs), **_generation(source)}
     copies = _small_files(source.folder, [*texts]) if source.is_folder_of_release else {}
     if tokenizer is not None or not source.is_folder_of_release:
-        made = _processor_files(source, tokenizer, notes)
-        copies = {name: path for name, path in copies.items() if name not in made}
-        texts |= {name: content for name, content in made.items() if name not in (CONFIG, GENERATION)}
-    return TargetPlan(files, texts, copies, tuple(source.dropped)), notes
+        beside = _processor_files(source, tokenizer, notes)
+        copies = {name: path for name, path in copies.items() if name not in beside}
+        texts |= {name: content for name, content in beside.items() if name not in (CONFIG, GENERATION)}
+    return TargetPlan(files, texts, copies, tuple(source.dropped), tuple(made)), notes
+
+
+def _computed(source: Source, outputs: list[Output]) -> tuple[list[Output], list[tuple[str, str]]]:
+    """Give what the release's own files hold and this layout does not: other programs read it from there."""
+    if source.is_folder_of_release or source.opened is None:
+        return [], []
+    optional = [rule for rule in source.rules if isinstance(rule, Optional)]
+    dtype = _usual_dtype(outputs)
+    found: list[Output] = []
+    made: list[tuple[str, str]] = []
+    for name, value in source.network.state_dict().items():
+        why = next((rule.why for rule in optional if matches((rule.target,), name)), None)
+        if why is not None and name not in source.places.sources:
+            make = partial(source.family.computed, source.config, name, getattr(torch, dtype))
+            found.append(Output(name, tuple(value.shape), dtype, make))
+            made.append((name, why))
+    return found, made
 
 
 def _config_text(source: Source, options: TargetOptions, outputs: list[Output]) -> bytes:
@@ -66,7 +89,7 @@ def _config_text(source: Source, options: TargetOptions, outputs: list[Output]) 
         if options.dtype is not None:
             changed["torch_dtype" if "torch_dtype" in fields else "dtype"] = options.dtype
         return content if changed == fields else _json(changed)
-    fields = json.loads(source.config.to_json_string(use_diff=False))
+    fields = json.loads(source.config.to_json_string())
     fields["architectures"] = [type(source.network).__name__]
     fields["model_type"] = source.config.model_type
     fields.pop("torch_dtype", None)

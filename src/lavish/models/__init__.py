@@ -169,6 +169,10 @@ class Family:
         """
         return self._get(layout, "plan_target")(fields, tensors, options)
 
+    def computed(self, config: Any, name: str, dtype: Any) -> Any:
+        """Give a tensor that a Hugging Face release stores, and that another layout leaves to the network."""
+        return self._get("weights", "computed")(config, name, dtype)
+
     def complete(self, network: Any, absent: Iterable[str]) -> None:
         """Compute what no file held (`absent` is on the meta device), and check what must agree."""
         self._get("weights", "complete")(network, absent)

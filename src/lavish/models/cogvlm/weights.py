@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lavish.checkpoints.release import Release
-from lavish.checkpoints.rules import Optional, Rule
+from lavish.checkpoints.rules import Optional, Rule, matches
 from lavish.checkpoints.sat import find_root
 from lavish.common.errors import CheckpointError
 from lavish.models.cogvlm import mindspore, sat
 
 if TYPE_CHECKING:
+    import torch
+
     from lavish.models.cogvlm.model import CogVLMForCausalLM
 
 PIECES: tuple[str, ...] = ()
@@ -58,6 +60,20 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
     Raises: as `sat.open_release` and `mindspore.open_release`.
     """
     return mindspore.open_release(path) if find_root(path) is None else sat.open_release(path)
+
+
+def computed(config: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Give a tensor that a layout does not hold and the release's files do: `inv_freq`, in the dtype of the weights, as
+    the release builds it.
+
+    Raises:
+        CheckpointError: a name that cannot be computed.
+    """
+    from lavish.models.cogvlm.model import reference_inv_freq
+
+    if not matches((INV_FREQ,), name):
+        raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
+    return reference_inv_freq(config.head_dim, config.rotary_base, dtype)
 
 
 def complete(network: CogVLMForCausalLM, absent: Iterable[str] = ()) -> None:
