@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from zero_files import write_zero
 
 import lavish
 from lavish.checkpoints import hf
@@ -276,3 +277,131 @@ def test_a_config_read_as_the_other_version_is_noted(checkpoint: Path, tmp_path:
 def test_both_names_of_the_owner_are_known(owner: str) -> None:
     seen = look(f"{owner}/cogvlm2-llama3-chat-19B")
     assert (seen.version, seen.sizes.vocab_size) == (2, 128256)
+
+
+# -- the other layouts -------------------------------------------------------------------------------------------------
+
+COGVLM = FIXTURES / "cogvlm2/open/checkpoint"
+
+
+def shards(folder: Path, stage: int, **options: object) -> Path:
+    """The tiny CogVLM2 as DeepSpeed's shards of three processes, its config and tokenizer beside them."""
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(COGVLM / name, folder)
+    tensors = dict(hf.read(COGVLM))
+    return write_zero(folder, tensors, stage=stage, num_processes=3, dtype=torch.float32, step=40, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_shards_of_deepspeed(tmp_path: Path, stage: int, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shards(tmp_path / "run", stage)
+    seen = look(str(folder))
+    assert (seen.family, seen.version, seen.layout) == ("cogvlm", 2, "deepspeed")
+    assert seen.is_complete, (seen.missing, seen.unexpected, seen.misshaped)
+    assert seen.facts == {"ZeRO": str(stage), "processes": "3", "step": "40", "DeepSpeed": "0.19.8"}
+    assert seen.files == 3  # the shares; nothing here is frozen
+    assert seen.commands == [f"lavish chat {folder}", f"lavish convert {folder} DST --to hf"]
+    assert look(str(folder / "global_step40")).is_complete
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"]["step"] == "40"
+
+
+def test_an_absent_share_of_deepspeed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shards(tmp_path / "run", 3)
+    gone = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    (folder / "global_step40" / gone).unlink()
+    assert main(["inspect", str(folder)]) == 1
+    assert f"1 weight files are not here: {gone}" in capsys.readouterr().out
+    seen = look(str(folder))
+    assert seen.num_parameters == sum(tensor.numel() for tensor in hf.read(COGVLM).values())
+    assert seen.commands == []
+
+
+def test_shards_without_a_config(tmp_path: Path) -> None:
+    seen = look(str(FIXTURES / "deepspeed/zero3"))
+    assert (seen.family, seen.layout, seen.is_part, seen.has_problems) == ("unknown", "deepspeed", True, False)
+    assert seen.facts["ZeRO"] == "3"
+    assert {part.name: part.num_parameters for part in seen.parts}["embed"] == 35
+    assert "hold no config" in seen.notes[0]
+    assert seen.commands[1].endswith("DST --to hf --config FILE")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sat_checkpoint(ranks: int) -> None:
+    name = "checkpoint" if ranks == 1 else f"checkpoint_mp{ranks}"
+    folder = FIXTURES / "cogvlm_sat/open" / name
+    seen = look(str(folder))
+    assert (seen.family, seen.version, seen.layout) == ("cogvlm", 1, "sat")
+    assert seen.is_complete, (seen.missing, seen.unexpected, seen.misshaped)
+    assert seen.facts["parallel ranks"] == str(ranks)
+    assert seen.facts["iteration"] == "1"
+    assert seen.files == ranks
+    assert seen.commands[1] == f"lavish convert {folder} DST --to hf"
+
+
+def test_a_mindspore_checkpoint(tmp_path: Path) -> None:
+    made = FIXTURES / "mindspore_ckpt/open/checkpoint"
+    for file in sorted((made / "ms").glob("cogvlm2-image_bf16.ckpt")):
+        shutil.copy(file, tmp_path)
+    seen = look(str(tmp_path))
+    assert (seen.layout, seen.is_part, seen.facts["parallel ranks"]) == ("mindspore", True, "1")
+    shutil.copy(made / "hf/config.json", tmp_path)
+    seen = look(str(tmp_path))
+    assert (seen.family, seen.version, seen.is_complete) == ("cogvlm", 2, True)
+    assert seen.commands[1].endswith("--to hf")
+
+
+def test_clip_qwen_as_it_was_trained() -> None:
+    folder = FIXTURES / "clip_qwen/open/checkpoint"
+    seen = look(str(folder))
+    assert (seen.family, seen.layout, seen.is_complete) == ("clip_qwen", "vlm_learning", True)
+    assert seen.facts == {"step": "27000", "LoRA": "rank 4, alpha 32, on c_attn, w1, w2"}
+    assert seen.commands[1] == f"lavish convert {folder} DST --to hf --merge-lora"
+
+
+def test_pieces_of_minigpt4_qwen() -> None:
+    folder = FIXTURES / "minigpt4qwen/open/checkpoint"
+    heads = {"vision_config": {"num_attention_heads": 4}}
+    whole = look(str(folder), heads, {"llm": str(FIXTURES / "qwen/llm")})
+    assert (whole.family, whole.layout) == ("minigpt4_qwen", "lavis")
+    assert whole.commands[0] == f"lavish chat {folder} --piece llm={FIXTURES / 'qwen/llm'}"
+    trained = look(str(folder / "checkpoint_9.pth"))
+    assert (trained.family, trained.is_part) == ("minigpt4_qwen", True)
+    assert {part.name: part.num_tensors for part in trained.parts}["llm_proj"] == 2
+    assert trained.facts == {"weights": "under 'model'", "epoch": "9", "beside them": "optimizer, config, scaler"}
+    assert trained.commands[0].endswith("checkpoint_9.pth --piece eva=PATH --piece blip2=PATH --piece llm=PATH")
+
+
+def test_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    (tmp_path / "checkpoint-50").mkdir()
+    folder = tmp_path / "checkpoint-50"
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, "base_model_name_or_path": "org/base"}))
+    save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(8, 3)}, folder / "adapter_model.safetensors")
+    seen = look(str(folder))
+    assert (seen.layout, seen.num_parameters, seen.is_part) == ("peft", 24, True)
+    assert seen.facts == {"step": "50", "LoRA": "rank 8, alpha 16, on q_proj", "base": "org/base"}
+    assert seen.commands[0] == f"lavish chat {folder} --base BASE"
+    assert main(["inspect", str(folder)]) == 0
+    assert "LoRA" in capsys.readouterr().out
+
+
+def test_files_of_lavis() -> None:
+    blip = look(str(FIXTURES / "blip_vqa/open/checkpoint"))
+    assert (blip.family, blip.layout, blip.is_part) == ("blip", "lavis", True)
+    assert "how many heads" in blip.notes[0]
+    assert blip.commands[0].endswith("--image FILE --config FILE")
+    dialogue = look(str(FIXTURES / "gpt_dialogue/open/checkpoint/checkpoint_best.pth"))
+    assert (dialogue.family, dialogue.layout, dialogue.is_complete) == ("gpt_dialogue", "lavis", True)
+
+
+def test_what_a_folder_can_be_converted_to() -> None:
+    assert look(str(COGVLM)).commands[1].endswith("DST --to mindspore")
+    assert look(str(FIXTURES / "cogvlm/open/checkpoint")).commands[1].endswith("DST --to sat")
+
+
+def test_a_hostile_shard_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shards(tmp_path / "run", 2, change=lambda trees: next(iter(trees.values())).update(x=Path("x")))
+    assert main(["inspect", str(folder)]) == 2
+    assert "nothing of it was run" in " ".join(capsys.readouterr().err.split())

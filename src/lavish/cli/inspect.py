@@ -54,7 +54,7 @@ def command(
         print(json.dumps(seen.as_dict(), indent=2, default=str))
     else:
         _print(seen)
-    return INCOMPLETE if seen.has_weights and not seen.is_complete else 0
+    return INCOMPLETE if seen.has_weights and seen.has_problems else 0
 
 
 def _print_tree(path: str, overrides: dict[str, Any], pieces: dict[str, str], as_json: bool) -> None:
@@ -86,12 +86,16 @@ def _print(seen: Inspection) -> None:
     shown = console()
     shown.print(_heading(seen))
     shown.print()
+    if seen.facts:
+        shown.print(_facts_table(seen))
+        shown.print()
     if seen.sizes is not None:
         shown.print(_config_table(seen))
         shown.print()
     shown.print(_parts_table(seen))
-    shown.print()
-    shown.print(_memory_table(seen))
+    if seen.memory:
+        shown.print()
+        shown.print(_memory_table(seen))
     from lavish.cli.inspection import FORMULA
 
     if seen.sizes is not None:
@@ -101,13 +105,15 @@ def _print(seen: Inspection) -> None:
     if seen.has_weights:
         shown.print()
         _print_check(seen)
+    for command_line in seen.commands:
+        shown.print(plain(command_line), style="cyan", markup=False, soft_wrap=True)
 
 
 def _heading(seen: Inspection) -> Any:
     from rich.text import Text
 
     heading = Text(plain(seen.path), style="bold")
-    release = f"{seen.family} {seen.version}" if seen.version > 1 else seen.family
+    release = f"{seen.family} {seen.version}" if seen.version > 1 else plain(seen.family)
     where = "not on this machine" if seen.layout is None else f"layout {seen.layout}"
     heading.append(f"\n{release}", style="cyan")
     heading.append(f" · {human_count(seen.num_parameters)} parameters · {human_bytes(seen.num_bytes)} · {where}")
@@ -123,6 +129,16 @@ def _grid(*columns: tuple[str, str]) -> Any:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for name, side in columns:
         table.add_column(name, justify="right" if side == "right" else "left", no_wrap=True)
+    return table
+
+
+def _facts_table(seen: Inspection) -> Any:
+    from rich.text import Text
+
+    table = _grid((f"layout {seen.layout}", "left"), ("", "left"))
+    table.columns[1].no_wrap = False
+    for name, value in seen.facts.items():
+        table.add_row(Text(name), Text(plain(value)))
     return table
 
 
@@ -174,6 +190,8 @@ def _print_check(seen: Inspection) -> None:
     if seen.is_complete:
         shown.print("complete: every tensor that the config asks for is there, and no other", style="green")
         return
+    if seen.is_part:
+        shown.print("no network can be made of this alone; tensors are listed as the files name them", style="yellow")
     if seen.absent_files:
         absent = plain(", ".join(seen.absent_files))
         shown.print(f"{len(seen.absent_files)} weight files are not here: {absent}", style="red", markup=False)

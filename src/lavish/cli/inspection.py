@@ -8,19 +8,20 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import lavish.models as table
-from lavish.checkpoints import hf, hub, lavis, layouts
+from lavish.checkpoints import deepspeed, hf, hub, lavis, layouts
 from lavish.checkpoints.rules import matches
 from lavish.checkpoints.tensor_map import ITEM_BYTES, Stored, TensorInfo, TensorMap
+from lavish.cli import layout_facts
 from lavish.cli.loading import resolve_model
-from lavish.common.errors import ConfigError
+from lavish.common.errors import ConfigError, MissingKeys, UnknownLayout
 
 LORA_RANK = 16
 TEXT_TOKENS = 512
@@ -74,6 +75,12 @@ class Inspection:
     misshaped: list[str]
     memory: list[Memory]
     notes: list[str] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    """What the layout says beside the tensors: step, processes, LoRA."""
+    commands: list[str] = field(default_factory=list)
+    """What loads or converts it."""
+    is_part: bool = False
+    """True where no network can be made of what is there alone, and the tensors are listed by the files' names."""
 
     @property
     def num_parameters(self) -> int:
@@ -88,11 +95,16 @@ class Inspection:
     @property
     def is_complete(self) -> bool:
         """True if every tensor that the config asks for is there, and no other."""
-        return not (self.missing or self.unexpected or self.misshaped)
+        return not (self.has_problems or self.is_part)
+
+    @property
+    def has_problems(self) -> bool:
+        """True if files or tensors are absent, or others are there than the config asks for."""
+        return bool(self.missing or self.unexpected or self.misshaped or self.absent_files)
 
     def as_dict(self) -> dict[str, Any]:
         """Give everything as plain values for JSON."""
-        names = ("path", "family", "version", "layout", "files", "absent_files", "dtypes")
+        names = ("path", "family", "version", "layout", "files", "absent_files", "dtypes", "facts", "commands")
         problems = ("missing", "unexpected", "misshaped")
         return {
             **{name: getattr(self, name) for name in names},
@@ -112,25 +124,84 @@ class Inspection:
 def look(
     name_or_path: str, overrides: Mapping[str, Any] | None = None, pieces: Mapping[str, str] | None = None
 ) -> Inspection:
-    """Inspect a folder, or the layout of a model of the zoo (its folder in the hub's cache, where it is there).
+    """Inspect a checkpoint of any layout, or the released config of a model of the zoo (its folder in the hub's cache,
+    where it is there).
 
-    Families without a manifest, and releases in `pieces`, take torch: their network is built without memory.
+    Families without a manifest, and releases in `pieces`, take torch: their network is built without memory. Where no
+    network can be made of what is there, the tensors are listed as they stand in the files.
 
     Raises:
         ConfigError: no such folder or name, or a config without its sizes.
         UnknownLayout, CheckpointError: a folder that is no checkpoint, or a damaged file.
     """
     path = Path(os.path.expanduser(name_or_path))
-    if name_or_path.strip() and is_without_config(path, pieces or ()):
-        return _by_network(path, overrides or {}, pieces or {})
+    changes, given = dict(overrides or {}), dict(pieces or {})
+    if not name_or_path.strip() or not os.path.exists(path) or path.name == "config.json":
+        return _of_network_or_config(name_or_path, changes, given)
+    layout = layouts.detect(path)
+    facts = layout_facts.facts_of(path, layout)
+    try:
+        if layout == "peft":
+            raise ConfigError("An adapter alone; the sizes of the model are its base's.")
+        if layout in ("sat", "mindspore"):
+            seen = _of_release(path, layout, changes)
+        elif layout == "deepspeed" and not (layouts.config_folder(path) / "config.json").is_file() and not given:
+            raise ConfigError(f"{path}: DeepSpeed's shards hold no config; give that of the network they are of.")
+        else:
+            seen = _of_network_or_config(name_or_path, changes, given)
+    except (ConfigError, UnknownLayout, MissingKeys) as error:
+        if layout == "hf" or changes or given:
+            raise
+        seen = _of_files(path, layout, str(error))
+    family = next((row for row in table.FAMILIES if row.name == seen.family), None)
+    commands: list[str] = []
+    if seen.has_weights and not seen.has_problems:
+        reason = seen.notes[0] if seen.is_part else ""
+        commands = layout_facts.commands_of(path, layout, family, given, version=seen.version, reason=reason)
+    return replace(seen, layout=layout, facts=facts, commands=commands)
+
+
+def _of_network_or_config(name_or_path: str, overrides: dict[str, Any], pieces: dict[str, str]) -> Inspection:
+    path = Path(os.path.expanduser(name_or_path))
+    if name_or_path.strip() and is_without_config(path, pieces):
+        return _by_network(path, overrides, pieces)
     fields, where, folder = find(name_or_path)
     family = family_in(fields, where)
     if not family.has_manifest or pieces:
-        return _by_network(folder or name_or_path, overrides or {}, pieces or {})
+        place = path if folder is not None and deepspeed.is_run(path) else folder or name_or_path
+        return _by_network(place, overrides, pieces)
+    stored = _read_headers(path, folder) if folder is not None and not overrides else None
+    seen = _by_manifest(family, fields, where, overrides, stored)
+    return replace(
+        seen,
+        path=name_or_path if folder is None else str(folder),
+        layout=None if folder is None else "hf",
+        notes=[*_notes(folder, stored, overrides), *seen.notes],
+    )
+
+
+def _of_release(path: Path, layout: str, overrides: dict[str, Any]) -> Inspection:
+    """Inspect a layout that only CogVLM is held in, and that comes without a config.json."""
+    family = table.detect_composite(path, ())
+    if family is None or not family.has_manifest:
+        raise UnknownLayout(f"{path}: of no model that lavish knows in the layout {layout!r}.")
+    if layout == "mindspore":  # its readers would compare checksums, for which all weights are read
+        release = import_module(f"{family.package}.mindspore").open_release(path, verify=False)
+    else:
+        release = family.open_release(path, {})
+    stored = None if overrides else release.tensors
+    seen = _by_manifest(family, release.fields, str(path), overrides, stored)
+    notes = _tokenizer_note(release.tokenizer) if stored is not None else _notes(path, None, overrides)
+    return replace(seen, path=str(path), notes=[*notes, *seen.notes])
+
+
+def _by_manifest(
+    family: table.Family, fields: Mapping[str, Any], where: str, overrides: Mapping[str, Any], stored: TensorMap | None
+) -> Inspection:
+    """Compare what is stored with what the config asks for, without torch."""
     manifest = import_module(f"{family.package}.manifest")
     sizes = manifest.read_sizes(fields, where, overrides)
     expected = {tensor.name: tensor for tensor in _saved(manifest.tensors(sizes), fields)}
-    stored = _read_headers(folder) if folder is not None and not overrides else None
     problem = None if stored is None else manifest.version_problem(sizes.version, stored)
     kind = str(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     infos = _as_infos(expected, kind if kind in ITEM_BYTES else "bfloat16") if stored is None else stored.infos
@@ -138,10 +209,10 @@ def look(
     for info in infos.values():
         dtypes[info.dtype] += info.nbytes
     return Inspection(
-        path=name_or_path if folder is None else str(folder),
+        path=where,
         family=family.name,
         version=sizes.version,
-        layout=None if folder is None else layouts.detect(folder),
+        layout=None,
         config={name: value for name, value in fields.items() if name not in ("family", "auto_map")},
         sizes=sizes,
         parts=_parts(infos, expected, manifest.PARTS),
@@ -157,8 +228,49 @@ def look(
             if name in expected and info.shape != expected[name].shape
         ],
         memory=_memory(sizes, list(expected.values())),
-        notes=[*_notes(folder, stored, overrides), *([problem] if problem else [])],
+        notes=[problem] if problem else [],
     )
+
+
+def _of_files(path: Path, layout: str, reason: str) -> Inspection:
+    """List what the files hold, under their own names, where no network can be made of them; `reason` says why."""
+    files = layout_facts.headers(path, layout)
+    names = [name for infos in files.values() for name in infos]
+    stored = TensorMap(path, {f"{file}: {name}": infos[name] for file, infos in files.items() for name in infos})
+    family = table.detect_composite(path, ()) or table.detect_by_keys(names)
+    groups: dict[str, list[Stored]] = {}
+    for file, infos in files.items():
+        for name, info in infos.items():
+            part = file if len(files) > 1 else name.removeprefix("base_model.model.").partition(".")[0]
+            groups.setdefault(part, []).append(info)
+    dtypes: Counter[str] = Counter()
+    for rows in groups.values():
+        for info in rows:
+            dtypes[info.dtype] += info.nbytes
+    absent = list(deepspeed.survey(path).absent) if layout == "deepspeed" and deepspeed.is_run(path) else []
+    return Inspection(
+        path=str(path),
+        family="unknown" if family is None else family.name,
+        version=0,
+        layout=layout,
+        config={},
+        sizes=None,
+        parts=[_part(name, rows) for name, rows in groups.items()],
+        dtypes=dict(dtypes.most_common()),
+        files=len(stored.files),
+        absent_files=absent,
+        has_weights=True,
+        missing=[],
+        unexpected=[],
+        misshaped=[],
+        memory=[],
+        notes=[reason],
+        is_part=True,
+    )
+
+
+def _part(name: str, rows: Sequence[Stored]) -> Part:
+    return Part(name, len(rows), sum(info.numel for info in rows), sum(info.nbytes for info in rows))
 
 
 def _by_network(*arguments: Any) -> Inspection:
@@ -199,7 +311,8 @@ def find(name_or_path: str) -> tuple[dict[str, Any], str, Path | None]:
     if os.path.exists(path):
         if path.is_file() and path.name != "config.json":
             layouts.detect(path)  # says what the file is, where it is nothing of a checkpoint
-        folder = path if path.is_dir() else path.parent
+        folder = layouts.config_folder(path)
+        folder = folder if folder.is_dir() else folder.parent
         return layouts.read_config_json(folder), str(folder / "config.json"), folder
     hub_id, entry = resolve_model(name_or_path)
     cached = _cached(hub_id) if hub_id is not None and hub.is_id(hub_id) else None
@@ -240,7 +353,9 @@ def _cached(hub_id: str) -> Path | None:
     return None if found is None else found[1].parent
 
 
-def _read_headers(folder: Path) -> TensorMap | None:
+def _read_headers(path: Path, folder: Path) -> TensorMap | None:
+    if layouts.detect(path if path.exists() else folder) == "deepspeed":
+        return layouts.read_weights(path)
     has_weights = any((folder / name).is_file() for name in hf.WEIGHT_FILES) or list(folder.glob("*-of-*.*"))
     return hf.read(folder, allow_absent=True) if has_weights else None
 
@@ -270,11 +385,7 @@ def _parts(infos: Mapping[str, Stored], expected: Mapping[str, Any], order: tupl
     groups: dict[str, list[Stored]] = {name: [] for name in (*order, "unexpected")}
     for name, info in infos.items():
         groups[expected[name].part if name in expected else "unexpected"].append(info)
-    return [
-        Part(name, len(rows), sum(info.numel for info in rows), sum(info.nbytes for info in rows))
-        for name, rows in groups.items()
-        if rows
-    ]
+    return [_part(name, rows) for name, rows in groups.items() if rows]
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -327,10 +438,14 @@ def _notes(folder: Path | None, stored: TensorMap | None, overrides: Mapping[str
         return ["Sizes are those of the changed config; the weights of the folder were not looked at."]
     if stored is None:
         return ["The folder has a config and no weights."]
-    notes = []
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")):
-        notes.append("The folder has no tokenizer: name one with --tokenizer (CogVLM v1: a Vicuna-7B folder).")
+    notes = _tokenizer_note(folder)
     code = sorted(path.name for path in folder.glob("*.py"))
     if code:
         notes.append(f"Python files ({', '.join(code[:3])}{' ...' if len(code) > 3 else ''}) are never run.")
     return notes
+
+
+def _tokenizer_note(folder: Path) -> list[str]:
+    if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")):
+        return []
+    return ["The folder has no tokenizer: name one with --tokenizer (CogVLM v1: a Vicuna-7B folder)."]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lavish.models as table
-from lavish.checkpoints import hf, hub
+from lavish.checkpoints import deepspeed, hf, hub
 from lavish.checkpoints.layouts import read_config_json
 from lavish.checkpoints.loading import stored_info
 from lavish.checkpoints.rules import Optional, Plan, Rule, matches, plan, without_surplus
@@ -113,7 +113,7 @@ def outline(
         layout = "hf" if tensors.path == path and path.is_dir() else "lavis"
         return Outline(family, network, layout, network.config.to_dict(), tensors, rules)
     is_composite = table.detect_composite(path, given) is not None or path.is_file()
-    has_weights = any((path / name).is_file() for name in hf.WEIGHT_FILES)
+    has_weights = any((path / name).is_file() for name in hf.WEIGHT_FILES) or deepspeed.is_run(path)
     if not is_composite and not has_weights and (path / "config.json").is_file():
         return _of_network(build(path, device="meta", **fields), read_config_json(path))
     opened = open_release(path, fields, {name: hub.resolve(value) for name, value in given.items()})

@@ -62,18 +62,18 @@ SMALL_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "sp
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def open_release(path: Path) -> Release:
+def open_release(path: Path, *, verify: bool = True) -> Release:
     """Open a checkpoint of MindFormers, a file or a run's folder of ranks, as a release.
 
     The sizes come from a config.json beside it, else from the tensors, as far as they say them. The rotary table is
-    float32's: `rope="reference"` asks for the table in half precision.
+    float32's: `rope="reference"` asks for the table in half precision. `verify`: as `mindspore.read`.
 
     Raises:
         UnknownLayout: not of CogVLM2.
         CheckpointError: as `lavish.checkpoints.mindspore.read`; a LoRA, or names that no CogVLM2 has.
         ConfigError: a config.json beside it that is of another model.
     """
-    stored = mindspore.read(path).infos
+    stored = mindspore.read(path, verify=verify).infos
     infos = from_mindspore(path, stored)
     folder = path if path.is_dir() else path.parent
     fields = config_fields(path, infos, stored.get(FREQS) or stored.get(_with_lora(FREQS)))
