@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lavish.common.errors import DataError
+from lavish.tasks.captioning import score_captions
 from lavish.tasks.metrics.language import perplexity
 from lavish.tasks.metrics.measure import mean_of
 from lavish.tasks.scored_task import ScoredTask, Scores, plain
@@ -64,7 +65,36 @@ class LossTask(ScoredTask):
 
 
 class DialogueTask(LossTask):
-    """`dialogue`: losses of dialogues about videos."""
+    """`dialogue`: losses of dialogues about videos; where the recipe says `evaluate: true`, answers too.
+
+    LAVIS reads the options of generation and never answers. Answers are scored as captions are, against the one true
+    answer of the record.
+    """
+
+    def valid_step(self, model: nn.Module, samples: dict[str, Any]) -> list[Any]:
+        """Give the loss of each sample, and its `answer`."""
+        results = super().valid_step(model, samples)
+        if not self.option("evaluate", False) or len(results) != num_samples(samples):
+            return results
+        names = {"num_beams": "num_beams", "max_len": "max_length", "min_len": "min_length"}
+        given = {name: self.run.get(key) for key, name in names.items() if self.run.get(key) is not None}
+        answers = model.generate(samples, **given)  # pyright: ignore[reportCallIssue] - of registered models
+        return [{**result, "answer": answer} for result, answer in zip(results, answers, strict=True)]
+
+    def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:
+        """Add the metrics of captions, where there are answers and the records hold the true ones."""
+        scores = super().score(results, dataset, split_name)
+        records = getattr(dataset, "annotation", [])  # data sets of one's own may keep none
+        if scores is None or len(records) != len(results) or not all("answer" in one for one in results):
+            return scores
+        by_id = {str(record.get(self.inst_id_key)): record.get("answer") for record in records}
+        true = [by_id.get(str(one[self.inst_id_key]), records[at].get("answer")) for at, one in enumerate(results)]
+        if not all(isinstance(text, str) for text in true):
+            return scores
+        answered = score_captions([one["answer"] for one in results], [[text] for text in true])
+        scores.measures |= answered.measures
+        scores.values, scores.notes, scores.references = answered.values, answered.notes, true
+        return scores
 
 
 def rows_of(samples: Mapping[str, Any]) -> list[dict[str, Any]]:
