@@ -390,6 +390,24 @@ def test_unequal_inv_freq_is_refused(tmp_path: Path) -> None:
         sat.plan_target(fields, hf.read(tmp_path), TargetOptions())
 
 
+def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
+    """Stopped in the second rank's file, it goes on behind the last tensor that is on the disk: the same bytes."""
+    release = open_release(OPEN / "checkpoint")
+    made = sat.plan_target(release.fields, release.tensors, TargetOptions(model_parallel=2))
+    write_plan(made, tmp_path / "whole", identity={})
+
+    def kill(done: int, total: int) -> None:
+        if done > 0.8 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_plan(made, tmp_path / "killed", identity={}, progress=kill, resume_bytes=20_000)
+    assert not (tmp_path / "killed").exists()
+    assert write_plan(made, tmp_path / "killed", identity={}) > made.nbytes / 2
+    for file in made.files:
+        assert (tmp_path / "killed" / file.name).read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+
+
 def test_another_dtype(tmp_path: Path) -> None:
     convert(OPEN / "checkpoint", tmp_path / "half", dtype="bfloat16", model_parallel=2)
     halves = open_release(tmp_path / "half").tensors
@@ -449,6 +467,8 @@ def test_other_models(tmp_path: Path, changes: dict[str, Any], words: str) -> No
         ({"use_bias": True}, r"use_bias is True and False in every CogVLM v1"),
         ({"eva_args": [1]}, r"eva_args is \[1\]; it holds the sizes of the vision tower"),
         ({"image_length": 17}, r"image_length is 17, and pictures of 56 pixels have 16 patches of 14"),
+        ({"num_layers": 10**9}, r"num_hidden_layers is 1000000000, over 1000"),
+        ({"text_processor_version": ["chat"]}, r"text_processor_version is \['chat'\]; it is one of chat_old, base"),
         ({"text_processor_version": "chat_odl"}, r"is 'chat_odl'; .* Did you mean 'chat_old'"),
     ],
 )
@@ -526,7 +546,10 @@ def test_the_template_by_config_then_name_then_warning(tmp_path: Path, caplog: p
 
 def test_a_grounding_checkpoint_answers_with_boxes(tmp_path: Path) -> None:
     root = copy(tmp_path / "cogvlm-grounding-generalist-v1.1", "checkpoint_mp2")
-    assert lavish.load(root, tokenizer=OPEN / "tokenizer", device="cpu").grounding
+    for path in (root, root / "1", root / RANK0):
+        assert lavish.load(path, tokenizer=OPEN / "tokenizer", device="cpu").grounding
+    lavish_convert(root, tmp_path / "hf", tokenizer=OPEN / "tokenizer")
+    assert lavish.load(tmp_path / "hf", device="cpu").grounding
 
 
 def test_the_longer_context_is_kept_and_said(caplog: pytest.LogCaptureFixture) -> None:

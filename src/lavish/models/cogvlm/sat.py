@@ -60,6 +60,8 @@ def open_release(path: Path) -> Release:
     fields = config_fields(sat.read_config(root), where)  # what the model is comes before whether its files are whole
     opened = sat.open_checkpoint(path)
     fields["template_version"] = choose_template(fields, root)
+    if "grounding" in root.resolve().name.lower():
+        fields["grounding"] = True  # an iteration's folder, and what this is converted to, have other names
     context = fields["max_position_embeddings"]
     if context > CONTEXT:
         beyond = " Beyond 4096 not even the Vicuna below it was trained." if context > VICUNA_CONTEXT else ""

@@ -85,6 +85,7 @@ def config_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         **{name: fields.get(name, value) for name, value in TOKEN_IDS.items()},
         "vision_config": vision,
     }
+    manifest.read_sizes(made, where)  # sizes beyond all measure are refused before anything is counted by them
     version = fields.get("text_processor_version")
     return made if version is None else {**made, "template_version": _template(version, where)}
 
@@ -195,7 +196,7 @@ TEMPLATES_OF_NAMES = {"grounding": "base", "base": "base", "chat": "chat"}
 
 
 def _template(version: Any, where: str) -> str:
-    if version not in TEMPLATES:
+    if not isinstance(version, str) or version not in TEMPLATES:
         raise ConfigError(
             f"{where}: text_processor_version is {shown(version)}; it is one of {', '.join(TEMPLATES)}."
             f"{did_you_mean(str(version), TEMPLATES)}"
