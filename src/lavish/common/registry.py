@@ -20,6 +20,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "blip_caption": "lavish.models.blip.samples:BlipCaption",
         "blip_feature_extractor": "lavish.models.blip.samples:BlipFeatureExtractor",
         "blip_vqa": "lavish.models.blip.samples:BlipVQA",
+        "chat": "lavish.runners.chat_learner:ChatLearner",
         "cogvlm": "lavish.models.cogvlm.model:CogVLMForCausalLM",
         "gpt_dialogue": "lavish.models.gpt_dialogue.samples:GPTDialogue",
         "minigpt4qwen": "lavish.models.minigpt4_qwen.samples:MiniGPT4Qwen",

@@ -100,7 +100,7 @@ def apply_adapter(
     config = LoraConfig(**_lora_fields(folder, fields, LoraConfig))
     if is_quantized(network):
         _check_plain(folder, fields)
-        config._register_custom_module(_layers_over_quantized())
+        config._register_custom_module(layers_over_quantized())
     is_first = not isinstance(network, PeftModel)
     trainable = _trainable(network)
     if not is_first and name in network.peft_config:
@@ -210,7 +210,7 @@ def is_quantized(network: nn.Module) -> bool:
     return any(isinstance(layer, kinds) for layer in network.modules())
 
 
-def _layers_over_quantized() -> dict[type[nn.Module], Any]:
+def layers_over_quantized() -> dict[type[nn.Module], Any]:
     """Give peft's layer for each kind of quantised layer; it knows Linear4bit only in networks that transformers
     quantised."""
     from peft.tuners import lora

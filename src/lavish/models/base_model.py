@@ -115,6 +115,9 @@ class BaseModel(nn.Module):
             return total
         return f"{total / 1e6:.1f}M" if total >= 1e6 else f"{total / 1e3:.1f}K"
 
+    def save_trained(self, folder: Path) -> None:
+        """Write what a finished run leaves besides its checkpoints; nothing, unless a model knows more."""
+
     def before_evaluation(self, **kwargs: Any) -> None:
         """Do what an evaluation needs first; nothing, unless a model knows more."""
 

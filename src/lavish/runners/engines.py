@@ -10,6 +10,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lavish.common import dist
 from lavish.common.errors import CheckpointError, ConfigError
@@ -319,6 +321,12 @@ def fill(model: nn.Module, found: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in found.items():
             expected[name].copy_(tensor)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let each layer compute its activations again in the backward pass, and keep only its inputs."""
+    for block in _blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def build_engine(run: RunConfig, device: torch.device) -> Engine:

@@ -44,6 +44,7 @@ from lavish.common.config import Config
 from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
 from lavish.common.registry import registry
 from lavish.inference.load import POCKET, load
+from lavish.models.base_model import BaseModel
 from lavish.runners.runner_base import Progress, RunnerBase
 from lavish.runners.schema import RunConfig, lavis_run_config
 from lavish.tasks.base_task import BaseTask
@@ -269,6 +270,8 @@ def _run_stage(name: str, config: DictConfig | Config, report: Report | None, fo
         runner.engine.make_whole(runner.model)
         if dist.is_main() and not run.evaluate:
             task.finish(runner.model, folder)
+            if isinstance(runner.model, BaseModel):
+                runner.model.save_trained(folder)
             configs.write_json(asdict(cost), folder / DONE_FILE)
         dist.wait_for_all()
     if report and dist.is_main():

@@ -33,7 +33,7 @@ from lavish.common.registry import registry
 from lavish.datasets.datasets.base_dataset import ConcatDataset
 from lavish.runners import pth
 from lavish.runners.average import WeightAverage
-from lavish.runners.engines import build_engine
+from lavish.runners.engines import build_engine, checkpoint_activations
 from lavish.runners.optim import build_optimizer, build_schedule
 from lavish.runners.order import (
     GroupedEpochs,
@@ -103,6 +103,8 @@ class RunnerBase:
             registry.register_path("result_dir", path / RESULT_DIR, replace=True)
         self.model = model
         self.engine = build_engine(run, self.device)
+        if run.activation_checkpointing:
+            checkpoint_activations(model)
         self.called = self.engine.prepare(model)
         """The module as it is called: the model itself, or the engine's wrapper of it."""
         self.optimizer = build_optimizer(self.model, run)
