@@ -221,6 +221,24 @@ def as_released(folder: Path, dtype: str) -> Path:
     return folder
 
 
+def test_a_single_file_of_mindspore_says_what_is_not_in_it(tmp_path: Path) -> None:
+    report = convert(V2, tmp_path / "cogvlm2.ckpt", "mindspore", verify=True)
+    assert (tmp_path / "cogvlm2.ckpt").is_file()
+    assert "is one file, so these are not written: config.json, tokenizer" in report.notes[0]
+    convert(tmp_path / "cogvlm2.ckpt", tmp_path / "back", config=V2 / "config.json", tokenizer=V2)
+    assert_equal_files(V2, tmp_path / "back")
+
+
+def test_a_single_file_of_lavis(tmp_path: Path) -> None:
+    source = FIXTURES / "blip_caption" / "open" / "checkpoint"
+    heads = {name: {"num_attention_heads": 4} for name in ("vision_config", "text_config")}
+    convert(source, tmp_path / "hf", config=heads, verify=True)
+    report = convert(tmp_path / "hf", tmp_path / "blip.pth", "lavis", verify=True)
+    assert report.files == ("checkpoint_best.pth",)
+    with pytest.raises(ConfigError, match="is the name of one file, and 4 are to be written"):
+        convert(MINIGPT4, tmp_path / "one.pth", "lavis", pieces={"llm": LLM}, config=HEADS)
+
+
 def test_sat_has_no_way_to_mindspore_and_the_message_says_what_has(tmp_path: Path) -> None:
     source = FIXTURES / "cogvlm_sat" / "open" / "checkpoint"
     with pytest.raises(ConfigError, match=r"a CogVLM v1, which MindFormers never had.* hf, sat"):

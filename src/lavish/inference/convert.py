@@ -22,6 +22,7 @@ from lavish.checkpoints.output import (
     TargetOptions,
     TargetPlan,
     check_destination,
+    is_file_target,
     write_plan,
 )
 from lavish.checkpoints.placement import DTYPES
@@ -132,7 +133,7 @@ def convert(
     path, target = hub.resolve(source), Path(os.path.expanduser(destination))
     check_destination(target)
     _check_apart(path, target)
-    job = _plan(path, to, options, tokenizer, base, config, pieces)
+    job = _plan(path, target, to, options, tokenizer, {"base": base, "config": config, "pieces": pieces})
     _check_apart(job.source.path if job.source is not None else path, target)
     asked = {"to": to, "dtype": options.dtype, "model_parallel": model_parallel, "max_shard_bytes": max_shard_bytes}
     asked |= {"merge_lora": merge_lora, "clamp": clamp, "tokenizer": None if tokenizer is None else str(tokenizer)}
@@ -201,11 +202,15 @@ def _check_apart(source: Path, destination: Path) -> None:
         )
 
 
-def _plan(path: Path, to: str, options: TargetOptions, tokenizer: Any, base: Any, config: Any, pieces: Any) -> _Job:
+def _plan(
+    path: Path, target: Path, to: str, options: TargetOptions, tokenizer: Any, described: Mapping[str, Any]
+) -> _Job:
+    """Say what is written; `described` is what `open_source` takes."""
+    base, pieces = described["base"], described["pieces"]
     if to == "peft" and is_adapter(path) and base is None and table.detect_composite(path, pieces or ()) is None:
         plan = plan_adapter(path, None, options, None)
         return _Job(plan, "peft", "peft", [], None, tuple(sorted(path.glob("adapter_model.*"))))
-    source = open_source(path, base=base, config=config, pieces=pieces)
+    source = open_source(path, **described)
     layout = "peft" if is_adapter(path) else source.layout
     beside = sorted(source.adapter.glob("adapter_*")) if isinstance(source.adapter, Path) else []
     files = (*source.tensors.files, *beside)
@@ -222,6 +227,8 @@ def _plan(path: Path, to: str, options: TargetOptions, tokenizer: Any, base: Any
         else:
             _check_no_lora(source, to)
             plan = source.family.plan_target(to, source.fields, source.tensors, options)
+            if is_file_target(target) and (beside := [*plan.texts, *plan.copies]):
+                notes.append(f"{target} is one file, so these are not written: {', '.join(beside)}.")
     return _Job(plan, source.family.name, layout, notes, source, files)
 
 
@@ -282,13 +289,26 @@ def _verify(job: _Job, destination: Path, to: str, options: TargetOptions, tell:
             native = job.source.family.native_adapter if job.source.opened is not None else None
             added = deltas(job.source.adapter, native, job.source.places.sources)
         expected = network_outputs(job.source, options, added)
-        fields = None if (destination / "config.json").is_file() or to == "sat" else job.source.fields
-        written = open_source(destination, config=fields)
+        written = open_source(destination, config=_untold(job.source, destination, to))
         found = {output.name: output for output in network_outputs(written, TargetOptions())}
         # What the network computes itself, a layout may leave out, or its reader.
         optional = [rule.target for rule in job.source.rules if isinstance(rule, Optional)]
         expected = [output for output in expected if output.name in found or not matches(optional, output.name)]
     _compare(expected, found, destination, options, tell)
+
+
+def _untold(source: Source, destination: Path, to: str) -> dict[str, Any] | None:
+    """Give the fields that what was written does not say of itself."""
+    if to == "sat" or (destination / "config.json").is_file():
+        return None
+    if source.opened is not None:
+        return source.fields
+    heads = "num_attention_heads"
+    return {
+        name: {heads: value[heads]}
+        for name, value in source.fields.items()
+        if isinstance(value, Mapping) and heads in value
+    }
 
 
 def _compare(
