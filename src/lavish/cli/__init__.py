@@ -1,8 +1,9 @@
 """The command `lavish`: one module a command, imported when it is used; torch only by commands that run a network.
 
-A command's module has a function `command` with typer's annotations: its docstring is the help, what it returns (None
-or a number) is the exit status. Results go to stdout, everything else to stderr. A `LavishError` is printed as its
-message alone and ends with status 2, Ctrl-C with 130; LAVISH_DEBUG=1 shows the traceback.
+A command's module has a function `command` with typer's annotations, or `subcommands`, several of them by name: the
+docstring is the help, what it returns (None or a number) is the exit status. Results go to stdout, everything else to
+stderr. A `LavishError` is printed as its message alone and ends with status 2, Ctrl-C with 130; LAVISH_DEBUG=1 shows
+the traceback.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lavish.common.errors import LavishError
 
 __all__ = ["main"]
 
-ORDER = ("chat", "predict", "train", "evaluate", "convert", "inspect", "serve", "zoo")
+ORDER = ("chat", "predict", "data", "train", "evaluate", "convert", "inspect", "serve", "zoo")
 """The commands in the order of `lavish --help`."""
 FAILED, INTERRUPTED = 2, 130
 HERE = Path(__file__).resolve().parent
@@ -42,10 +43,12 @@ class Commands(TyperGroup):
         """Import a command's module and give the command, or None."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings=SETTINGS)
-        command = import_module(f"lavish.cli.{cmd_name}").command
-        app.command(cmd_name, help=re.sub(r"(?<!\n)\n(?!\n)", " ", getdoc(command) or ""))(command)
-        return typer.main.get_command(app)
+        module = vars(import_module(f"lavish.cli.{cmd_name}"))
+        if "subcommands" not in module:
+            return _click_command({cmd_name: module["command"]})
+        group = _click_command(module["subcommands"], help=module["__doc__"])
+        group.name = cmd_name
+        return group
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; typer suggests the nearest of `list_commands` for a name that is none."""
@@ -68,6 +71,21 @@ class Commands(TyperGroup):
         raise typer.Exit(status if isinstance(status, int) else 0)
 
 
+def _click_command(functions: dict[str, Any], help: str | None = None) -> Any:
+    """Make a command of one function, or a group of several."""
+    is_group = len(functions) > 1
+    app = typer.Typer(
+        add_completion=False,
+        rich_markup_mode="rich",
+        context_settings=SETTINGS,
+        help=help,
+        no_args_is_help=is_group,
+    )
+    for name, function in functions.items():
+        app.command(name, help=re.sub(r"(?<!\n)\n(?!\n)", " ", getdoc(function) or ""))(function)
+    return typer.main.get_command(app)
+
+
 def normalize_option(name: str) -> str:
     """Give an option's name with dashes: the released demos spell `--max_length`, and both are taken."""
     return name.replace("_", "-")
@@ -78,6 +96,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": norma
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `lavish` with the arguments of the process, or these, and give the exit status."""
+    from lavish.cli.mindformers import translated
     from lavish.cli.processes import one_voice
 
     sys.excepthook = _report_fault
@@ -87,8 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     app.callback()(_options)
     try:
-        with one_voice(given):
-            typer.main.get_command(app).main(args=given, prog_name="lavish", obj=given)
+        with translated(given) as understood, one_voice(understood):
+            typer.main.get_command(app).main(args=understood, prog_name="lavish", obj=understood)
+    except LavishError as error:  # of `translated`: those of a command are told where it runs
+        if is_debugging():
+            raise
+        _say(str(error))
+        return FAILED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

@@ -232,6 +232,11 @@ def is_known(key: str) -> bool:
     return _why(key, is_parallel=True) != UNKNOWN
 
 
+def known_keys() -> list[str]:
+    """Give the keys that say something, to suggest one."""
+    return [*FIELDS, *GENERATION, *NEEDED, *(key for key in LEFT_OUT if "*" not in key)]
+
+
 def _why(key: str, *, is_parallel: bool) -> str | None:
     """Say why a key has no meaning here; None for one that has."""
     if key in FIELDS or key in GENERATION or key in NEEDED or key == "model.arch.type":

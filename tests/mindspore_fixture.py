@@ -12,7 +12,7 @@ from lavish.checkpoints import hf
 from lavish.checkpoints.output import TargetPlan, TensorFile, data_of
 from lavish.checkpoints.tensor_map import TensorInfo, TensorMap
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "mindspore_ckpt"
+FIXTURE = Path(__file__).parent / "fixtures" / "mindspore_ckpt"
 OPEN = FIXTURE / "open"
 HF, MS, CARDS = OPEN / "checkpoint" / "hf", OPEN / "checkpoint" / "ms", OPEN / "checkpoint" / "ms_2cards"
 EXPECTED = json.loads((OPEN / "expected.json").read_text())
