@@ -221,6 +221,18 @@ def as_released(folder: Path, dtype: str) -> Path:
     return folder
 
 
+def test_a_tokenizer_goes_beside_the_ranks_of_sat(tmp_path: Path) -> None:
+    convert(V1, tmp_path / "sat", "sat", model_parallel=2, tokenizer=V1)
+    assert (tmp_path / "sat" / "tokenizer.model").read_bytes() == (V1 / "tokenizer.model").read_bytes()
+    messages = [{"role": "user", "content": "What is it?"}]
+    before, after = (lavish.load(folder, device="cpu") for folder in (V1, tmp_path / "sat"))
+    assert before.chat(messages, max_new_tokens=4).token_ids == after.chat(messages, max_new_tokens=4).token_ids
+    with pytest.raises(ConfigError, match=r"no tokenizer; looked for tokenizer.model"):
+        convert(V1, tmp_path / "new", "sat", tokenizer=tmp_path)
+    with pytest.raises(ConfigError, match="'peft' has no place for one"):
+        convert(V1, tmp_path / "new", "peft", tokenizer=V1)
+
+
 def test_a_single_file_of_mindspore_says_what_is_not_in_it(tmp_path: Path) -> None:
     report = convert(V2, tmp_path / "cogvlm2.ckpt", "mindspore", verify=True)
     assert (tmp_path / "cogvlm2.ckpt").is_file()

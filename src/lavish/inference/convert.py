@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from lavish.checkpoints.placement import DTYPES
 from lavish.checkpoints.rules import Optional, matches
 from lavish.common.errors import CheckpointError, ConfigError, check_path, did_you_mean, shown
 from lavish.inference.adapters import is_adapter
-from lavish.inference.hf_target import plan_hf
+from lavish.inference.hf_target import plan_hf, tokenizer_files
 from lavish.inference.lora import deltas, plan_adapter
 from lavish.inference.source import Source, network_outputs, open_source
 
 TARGETS = ("hf", "sat", "lavis", "mindspore", "vlm_learning", "peft")
 """Layouts that `to=` names."""
+WITH_TOKENIZER = ("hf", "sat", "mindspore")
+"""Layouts into which `tokenizer=` is put: SAT and MindFormers keep it elsewhere, and lavish finds it there."""
 SHARD_BYTES = 5_000_000_000
 Progress = Callable[[str, int, int], None]
 """Called with "convert" or "verify", the bytes that are done and those of all."""
@@ -125,6 +127,8 @@ def convert(
     started_s = time.monotonic()
     options = _options(dtype, model_parallel, max_shard_bytes, merge_lora, clamp)
     _check_target(to, model_parallel, merge_lora)
+    if tokenizer is not None and to not in WITH_TOKENIZER:
+        raise ConfigError(f"tokenizer= was given, and {to!r} has no place for one, or its own; leave it out.")
     check_path(source, "source")
     check_path(destination, "destination")
     for what, value in {"tokenizer": tokenizer, "base": base}.items():
@@ -227,6 +231,8 @@ def _plan(
         else:
             _check_no_lora(source, to)
             plan = source.family.plan_target(to, source.fields, source.tensors, options)
+            if tokenizer is not None:
+                plan = replace(plan, copies={**plan.copies, **tokenizer_files(tokenizer)})
             if is_file_target(target) and (beside := [*plan.texts, *plan.copies]):
                 notes.append(f"{target} is one file, so these are not written: {', '.join(beside)}.")
     return _Job(plan, source.family.name, layout, notes, source, files)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lavish.checkpoints import hf
+from lavish.checkpoints import hf, hub
 from lavish.checkpoints.output import FLOATS, Output, TargetOptions, TargetPlan, safetensors_files
 from lavish.checkpoints.rules import Optional, matches
 from lavish.common.errors import CheckpointError, ConfigError
@@ -28,6 +28,8 @@ SMALL_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".md"
 SMALL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 NOT_COPIED = (CONFIG, "trainer_state.json", "zero_to_fp32.py", "adapter_config.json")
 """Written anew, or of a training run."""
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.txt", "qwen.tiktoken")
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MAX_SMALL_BYTES = 100_000_000
 
 
@@ -153,9 +155,23 @@ def _processor_files(source: Source, tokenizer: str | Path | None, notes: list[s
     return made
 
 
+def tokenizer_files(tokenizer: str | Path) -> dict[str, Path]:
+    """Give the files of a tokenizer, a folder or hub id.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    folder = hub.resolve(tokenizer)
+    found = {
+        name: hf.inside(folder, name) for name in (*TOKENIZER_FILES, *TOKENIZER_CONFIGS) if (folder / name).is_file()
+    }
+    if not any(name in found for name in TOKENIZER_FILES):
+        raise ConfigError(f"{folder}: no tokenizer; looked for {', '.join(TOKENIZER_FILES)}.")
+    return found
+
+
 def _has_tokenizer(folder: Path) -> bool:
-    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "qwen.tiktoken")
-    return folder.is_dir() and any((folder / name).is_file() for name in names)
+    return folder.is_dir() and any((folder / name).is_file() for name in (*TOKENIZER_FILES, "tokenizer_config.json"))
 
 
 def _json(fields: Any) -> bytes:
