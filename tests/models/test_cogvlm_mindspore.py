@@ -27,6 +27,7 @@ from lavish.common.errors import (
     UnexpectedKeys,
     UnknownLayout,
 )
+from lavish.inference.convert import convert
 from lavish.inference.parallel import cut_network, head_spans
 from lavish.models.cogvlm.config import read_config
 from lavish.models.cogvlm.manifest import read_sizes
@@ -212,6 +213,42 @@ def test_two_cards_are_written_as_mindspore_cuts_them(tmp_path: Path) -> None:
 def test_a_number_of_cards_that_does_not_fit() -> None:
     with pytest.raises(ConfigError, match="--model-parallel 3 does not divide vocab_size 64 and hidden_size 32"):
         plan_target(FIELDS, released(), TargetOptions(model_parallel=3))
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """The release with its tokenizer."""
+    shutil.copytree(HF, tmp_path / "release")
+    return write_tokenizer(tmp_path / "release")
+
+
+def test_there_and_back_through_convert(whole: Path, tmp_path: Path) -> None:
+    there = convert(whole, tmp_path / "ms", to="mindspore", verify=True)
+    assert [name for name, _ in there.dropped] == ["model.layers.1.self_attn.rotary_emb.inv_freq"]
+    assert (tmp_path / "ms" / "cogvlm2_image.ckpt").read_bytes() == IMAGE.read_bytes()
+    back = convert(tmp_path / "ms", tmp_path / "hf", to="hf", verify=True)
+    assert [name for name, _ in back.made] == [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
+    stored, expected = hf.read(tmp_path / "hf"), released()
+    assert set(stored) == set(expected)
+    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+    again = convert(tmp_path / "hf", tmp_path / "again.ckpt", to="mindspore", verify=True)
+    assert (tmp_path / "again.ckpt").read_bytes() == IMAGE.read_bytes()
+    assert "config.json" in again.notes[0]  # a single file has no room for it
+    loaded = lavish.load(tmp_path / "ms", device="cpu").chat(asked("what is it?"), max_new_tokens=6).token_ids
+    for path in (tmp_path / "hf", tmp_path / "again.ckpt"):
+        vlm = lavish.load(path, device="cpu", tokenizer=whole, config=HF / "config.json", rope="float32")
+        assert vlm.chat(asked("what is it?"), max_new_tokens=6).token_ids == loaded
+
+
+def test_ranks_become_a_folder_of_the_release_and_the_other_way(whole: Path, tmp_path: Path) -> None:
+    convert(CARDS, tmp_path / "hf", to="hf", config=HF / "config.json", tokenizer=whole, verify=True)
+    stored, expected = hf.read(tmp_path / "hf"), released()
+    assert all(torch.equal(stored[name], expected[name].to(torch.float16)) for name in expected if "inv" not in name)
+    convert(whole, tmp_path / "cards", to="mindspore", dtype="fp16", model_parallel=2, verify=True)
+    for name in ("rank_0/checkpoint_0.ckpt", "rank_1/checkpoint_1.ckpt"):
+        assert (tmp_path / "cards" / name).read_bytes() == (CARDS / name).read_bytes()
+    assert (tmp_path / "cards" / "tokenizer.model").is_file()
+    assert lavish.load(tmp_path / "cards", device="cpu").chat(asked("what is it?"), max_new_tokens=2).token_ids
 
 
 # -- the video model ---------------------------------------------------------------------------------------------------

@@ -63,17 +63,20 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
 
 
 def computed(config: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """Give a tensor that a layout does not hold and the release's files do: `inv_freq`, in the dtype of the weights, as
-    the release builds it.
+    """Give a tensor that a layout does not hold and the release's files do: `inv_freq`, of `rope="float32"` cast, of
+    "reference" built in the dtype of the weights, as the release does: in bf16 the two differ in 17 of 64 entries.
 
     Raises:
         CheckpointError: a name that cannot be computed.
     """
+    import torch
+
     from lavish.models.cogvlm.model import reference_inv_freq
 
     if not matches((INV_FREQ,), name):
         raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
-    return reference_inv_freq(config.head_dim, config.rotary_base, dtype)
+    built_in = torch.float32 if config.rope == "float32" else dtype
+    return reference_inv_freq(config.head_dim, config.rotary_base, built_in).to(dtype)
 
 
 def complete(network: CogVLMForCausalLM, absent: Iterable[str] = ()) -> None:
@@ -86,17 +89,14 @@ def complete(network: CogVLMForCausalLM, absent: Iterable[str] = ()) -> None:
     """
     import torch
 
-    from lavish.models.cogvlm.model import RotaryEmbedding, reference_inv_freq
+    from lavish.models.cogvlm.model import RotaryEmbedding
 
     rotary = [module for module in network.modules() if isinstance(module, RotaryEmbedding)]  # in the order of layers
     names = {INV_FREQ.replace("*", str(index)): module for index, module in enumerate(rotary)}
     for name in absent:
-        if name not in names:
-            raise CheckpointError(f"{name!r} is in no file and cannot be computed. Fetch the checkpoint again.")
-        module, weight = names[name], network.lm_head.weight
-        # In the dtype of the weights, as the release builds it: float32 cast to bf16 differs in 17 of 64 entries.
-        dtype = torch.float32 if network.config.rope == "float32" else weight.dtype
-        module.inv_freq = reference_inv_freq(module.head_dim, module.base, dtype).to(weight.device, weight.dtype)
+        weight = network.lm_head.weight
+        value = computed(network.config, name, weight.dtype)
+        names[name].inv_freq = value.to(weight.device)
     first = rotary[0].inv_freq
     for index, module in enumerate(rotary[1:], start=1):
         if not first.is_meta and not torch.equal(module.inv_freq.to(first.device), first):
