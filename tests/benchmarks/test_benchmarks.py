@@ -116,3 +116,16 @@ def test_the_full_layout_has_the_released_size(run, share):
     if share == 1.0:
         assert 110e12 < module.tower_flops(layout) < 125e12
         assert importlib.import_module("_networks").bytes_per_token(layout) == pytest.approx(15.0e9, rel=0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_convert_speed(run):
+    printed = run("convert_speed", "--size", "0.004", "--rounds", "1", "--stored", "float16")
+    for line in ("0.00 GB float16", "of the copy's throughput", "goal >= 0.7", "peak memory:"):
+        assert line in printed
+
+
+def test_load_sat(run):
+    printed = run("load_sat", "--size", "0.004", "--rounds", "1", "--model-parallel", "2")
+    for line in ("2 rank(s)", "round 1: Hugging Face", "goal <= 1.3"):
+        assert line in printed
