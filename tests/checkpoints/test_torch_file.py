@@ -11,7 +11,7 @@ import torch
 
 from lavish.checkpoints.pickles import STORAGE_DTYPES, read_tree
 from lavish.checkpoints.tensor_map import TensorMap
-from lavish.checkpoints.torch_file import ALIGNMENT, TorchZipFormat
+from lavish.checkpoints.torch_file import ALIGNMENT, RecordSums, TorchZipFormat
 from lavish.common.errors import CheckpointError
 
 
@@ -135,3 +135,46 @@ def test_what_torch_has_no_storage_for(tmp_path: Path) -> None:
 def test_one_name_twice(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'a' would be written twice"):
         write(tmp_path / "x.pt", [Written("a", torch.zeros(2)), Written("a", torch.zeros(3))])
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000, 10**6])
+def test_checksums_while_a_file_is_read(tmp_path: Path, size: int) -> None:
+    """Of what torch wrote and of what lavish wrote, in chunks of any size; one changed bit names its record."""
+    ours = write(tmp_path / "ours.pt", [Written(*item) for item in values().items()])
+    torch.save(values(), tmp_path / "torch.pt")
+
+    def wrong(file: Path) -> list[str]:
+        sums, content = RecordSums(file), file.read_bytes()
+        for offset in range(0, len(content), size):
+            sums.add(content[offset : offset + size], offset)
+        return sums.wrong()
+
+    assert not wrong(ours)
+    assert not wrong(tmp_path / "torch.pt")
+    at = read_tree(ours)["kind.torch.int64"].offset
+    with ours.open("r+b") as handle:
+        handle.seek(at + 9)
+        byte = handle.read(1)[0]
+        handle.seek(at + 9)
+        handle.write(bytes([byte ^ 16]))
+    number = list(values()).index("kind.torch.int64")
+    assert wrong(ours) == [f"archive/data/{number}"]
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(5)}, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert TensorMap(tmp_path / "x.pt", read_tree(tmp_path / "x.pt"))["a"].tolist() == [0, 1, 2, 3, 4]
+    sums = RecordSums(tmp_path / "x.pt")
+    sums.add((tmp_path / "x.pt").read_bytes(), 0)
+    assert not sums.wrong()
+
+
+def test_what_is_no_zip_file_has_none(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"0" * 100)
+    sums = RecordSums(tmp_path / "x.safetensors")
+    sums.add(b"0" * 100, 0)
+    assert not sums.wrong()

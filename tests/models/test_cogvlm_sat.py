@@ -27,6 +27,7 @@ from lavish.common.errors import (
     UnexpectedKeys,
     UnknownLayout,
 )
+from lavish.inference.checkup import check
 from lavish.inference.convert import convert as lavish_convert
 from lavish.models.cogvlm import manifest, sat
 from lavish.models.cogvlm.model import position_ids_from, vision_expert_mask
@@ -610,3 +611,20 @@ def test_ranks_load_in_parts_and_quantised(tmp_path: Path) -> None:
     assert half.lm_head.weight.dtype == torch.bfloat16
     half.save_pretrained(tmp_path / "saved")
     assert lavish.load(tmp_path / "saved", **options).model.lm_head.weight.equal(half.lm_head.weight)
+
+
+def test_a_full_check_finds_one_bit(tmp_path: Path) -> None:
+    """The zip file has a checksum of every tensor: a bit that fell over in the second rank names its record."""
+    root = copy(tmp_path / "x", "checkpoint_mp2")
+    assert not check(root).problems
+    info = layout.read(root).info("transformer.layers.0.attention.query_key_value.weight")
+    assert isinstance(info, Assembled)
+    part = info.pieces[1].info
+    with part.file.open("r+b") as handle:
+        handle.seek(part.offset)
+        byte = handle.read(1)[0]
+        handle.seek(part.offset)
+        handle.write(bytes([byte ^ 1]))
+    (problem,) = check(root).problems
+    assert "mp_rank_01_model_states.pt: the bytes of mp_rank_01_model_states/data/" in problem
+    assert "are not those that were written" in problem

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lavish.checkpoints.tensor_map import ITEM_BYTES, TensorInfo, TensorMap
 from lavish.common.errors import CheckpointError, UnsafeCheckpoint
@@ -115,6 +115,8 @@ def _records(file: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
             raise CheckpointError(f"{file}: the zip file holds {entry.filename!r} twice.")
         if not 0 <= entry.header_offset < file.stat().st_size:
             raise CheckpointError(f"{file}: places {entry.filename!r} outside of the file; fetch it again.")
+        if entry.CRC == 0:  # torch was told to compute none; without the field zipfile compares nothing
+            del entry.CRC
         records[record] = entry
     if "data.pkl" not in records:
         raise CheckpointError(f"{file}: a zip file, but not one of torch: it holds no data.pkl.")
@@ -149,7 +151,7 @@ class _Mark:
 
 
 _MARK = _Mark()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE")
 
 
@@ -165,6 +167,10 @@ class _Interpreter:
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, _Storage] = {}
         self.handlers: dict[str, Callable[[Any], None]] = {
+            **dict.fromkeys(_LITERALS, self.stack.append),
+            "NONE": lambda _: self.stack.append(None),
+            "NEWTRUE": lambda _: self.stack.append(True),
+            "NEWFALSE": lambda _: self.stack.append(False),
             "GLOBAL": self._global,
             "STACK_GLOBAL": lambda _: self._global(f"{self._text(-2)} {self._text(-1)}", pop=2),
             "BINPERSID": lambda _: self.stack.append(self._storage(self.stack.pop())),
@@ -200,28 +206,29 @@ class _Interpreter:
             CheckpointError: the pickle is damaged, or a tensor does not lie inside of its storage.
         """
         try:
-            for opcode, argument, _ in pickletools.genops(io.BytesIO(pickle_bytes)):
+            stream = io.BytesIO(pickle_bytes)
+            while code := stream.read(1):
+                opcode = _OPCODES.get(code)
+                if opcode is None:
+                    raise ValueError(f"{code!r} at {stream.tell() - 1} is no opcode")
+                argument = None if opcode.arg is None else opcode.arg.reader(stream)
                 if opcode.name == "STOP":
                     return self.stack.pop()
-                self._step(opcode.name, argument)
+                handler = self.handlers.get(opcode.name)
+                if handler is None:
+                    self._refuse(opcode.name, argument)
+                handler(argument)
         except (UnsafeCheckpoint, CheckpointError):
             raise
         except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{self.file}: its pickle is damaged ({type(error).__name__}: {error}).") from error
         raise CheckpointError(f"{self.file}: its pickle ends without STOP.")
 
-    def _step(self, opcode: str, argument: Any) -> None:
-        if opcode in _CONSTANTS:
-            self.stack.append(_CONSTANTS[opcode])
-        elif opcode in _LITERALS:
-            self.stack.append(argument)
-        elif opcode in self.handlers:
-            self.handlers[opcode](argument)
-        else:
-            what = f"{opcode} {argument!r:.100}" if argument is not None else opcode
-            raise UnsafeCheckpoint(
-                f"{self.file}: its pickle uses {what}, which no file of tensors needs; nothing of it was run."
-            )
+    def _refuse(self, opcode: str, argument: Any) -> NoReturn:
+        what = f"{opcode} {argument!r:.100}" if argument is not None else opcode
+        raise UnsafeCheckpoint(
+            f"{self.file}: its pickle uses {what}, which no file of tensors needs; nothing of it was run."
+        )
 
     def _global(self, name: str, pop: int = 0) -> None:
         if name not in GLOBALS and name not in self.inert:

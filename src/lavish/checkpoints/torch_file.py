@@ -1,4 +1,5 @@
-"""Write torch's zip files (`.pt`, `.pth`, `.bin`) as a stream: bytes come in the order in which they stand in the file.
+"""Write torch's zip files (`.pt`, `.pth`, `.bin`) as a stream: bytes come in the order in which they stand in the file;
+and hold the checksums of one that is read against its bytes.
 
 The pickle that names the tensors is put together here out of the few opcodes that it needs; no pickler runs, and
 neither `torch.load(weights_only=True)` nor the reader of `pickles.py` needs more to read it. Tensors are stored
@@ -10,8 +11,11 @@ from __future__ import annotations
 
 import math
 import struct
+import zipfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from pickle import encode_long
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +93,36 @@ class TorchZipFormat:
         self._entries.append((name, crc, size, offset))
         yield _local(name, crc, size, offset)
         yield content
+
+
+class RecordSums:
+    """The checksums of a torch zip file's records, while the file is read from its beginning to its end."""
+
+    def __init__(self, file: Path) -> None:
+        self._records: list[tuple[int, int, int, str]] = []  # first byte, end, checksum, name
+        self._sums: dict[str, int] = {}
+        if not zipfile.is_zipfile(file):
+            return
+        with zipfile.ZipFile(file) as archive, file.open("rb") as handle:
+            for entry in archive.infolist():
+                handle.seek(entry.header_offset + 26)
+                first = entry.header_offset + 30 + sum(struct.unpack("<HH", handle.read(4)))
+                if entry.CRC:  # 0: torch was told to compute none
+                    self._records.append((first, first + entry.compress_size, entry.CRC, entry.filename))
+        self._records.sort()
+
+    def add(self, chunk: bytes, offset: int) -> None:
+        """Take in the bytes of the file that begin at `offset`."""
+        at = max(bisect_right(self._records, (offset,)) - 1, 0)
+        for first, end, _, name in self._records[at:]:
+            if first >= offset + len(chunk):
+                break
+            part = memoryview(chunk)[max(first - offset, 0) : max(end - offset, 0)]
+            self._sums[name] = zlib.crc32(part, self._sums.get(name, 0))
+
+    def wrong(self) -> list[str]:
+        """Name the records whose bytes are not those that were written."""
+        return [name for _, _, checksum, name in self._records if self._sums.get(name, 0) != checksum]
 
 
 def _local(name: str, crc: int, size: int, offset: int) -> bytes:

@@ -15,6 +15,7 @@ import torch
 from lavish.checkpoints import hub
 from lavish.checkpoints.output import FLOATS
 from lavish.checkpoints.tensor_map import Assembled, Stored, TensorMap, reshaped, view
+from lavish.checkpoints.torch_file import RecordSums
 from lavish.common.errors import CheckpointError, UnknownLayout
 from lavish.inference.source import Source, open_source
 
@@ -34,6 +35,8 @@ class FileSum:
     sha256: str
     expected: str | None
     """By the name under which a hub's cache keeps it; None: nothing says."""
+    wrong: tuple[str, ...] = ()
+    """Records of a torch zip file whose bytes do not have their checksum."""
 
 
 @dataclass
@@ -159,6 +162,11 @@ def check(
     total = file_bytes + (0 if source is None else sum(info.nbytes for info in _each_once(source.tensors).values()))
     sums = tuple(_summed(files, lambda done: tell("check", done, total)))
     problems += [
+        f"{found.file}: the bytes of {', '.join(found.wrong[:4])} are not those that were written; fetch it again."
+        for found in sums
+        if found.wrong
+    ]
+    problems += [
         f"{found.file}: its SHA-256 is {found.sha256}, and the hub's is {found.expected}; fetch it again."
         for found in sums
         if found.expected not in (None, found.sha256)
@@ -193,15 +201,17 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
 def _summed(files: tuple[Path, ...], tell: Callable[[int], None]) -> Iterator[FileSum]:
     done = 0
     for file in files:
-        digest, held = hashlib.sha256(), 0
+        digest, held, records = hashlib.sha256(), 0, RecordSums(file)
         with file.open("rb") as handle:
             while chunk := handle.read(READ_BYTES):
                 digest.update(chunk)
+                records.add(chunk, held)
                 held += len(chunk)
                 tell(done + held)
         done += held
         blob = file.resolve().name if file.is_symlink() else ""
-        yield FileSum(file, held, digest.hexdigest(), blob if _SHA256.fullmatch(blob) else None)
+        expected = blob if _SHA256.fullmatch(blob) else None
+        yield FileSum(file, held, digest.hexdigest(), expected, tuple(records.wrong()))
 
 
 def _each_once(tensors: TensorMap) -> dict[str, Stored]:
