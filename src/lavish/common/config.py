@@ -34,6 +34,7 @@ __all__ = [
     "parse_overrides",
     "save",
     "write_json",
+    "write_text",
 ]
 
 Schema = TypeVar("Schema")
@@ -159,15 +160,15 @@ def save(config: Any, path: str | Path) -> None:
     from omegaconf import OmegaConf
 
     values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else _plain(config)
-    _write(OmegaConf.to_yaml(OmegaConf.create(values), resolve=True), Path(path))
+    write_text(OmegaConf.to_yaml(OmegaConf.create(values), resolve=True), Path(path))
 
 
 def write_json(value: Any, path: str | Path) -> None:
     """Write a value as indented JSON, whole or not at all."""
-    _write(json.dumps(value, indent=2, ensure_ascii=False) + "\n", Path(path))
+    write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", Path(path))
 
 
-def _write(text: str, path: Path) -> None:
+def write_text(text: str, path: Path) -> None:
     """Write into a temporary file of the same folder and rename it over `path`; the folder is made if it is absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
