@@ -28,11 +28,10 @@ from lavish.common.errors import (
 )
 from lavish.inference.adapters import NativeAdapter, apply_adapter, is_quantized, take_off
 from lavish.inference.cache import SliceCache
-from lavish.inference.decoder_steps import slots_beyond_positions, steps_for
 from lavish.inference.options import GenerationOptions, parse_options, read_sampling_defaults
 from lavish.inference.reuse import Conversation, ConversationStore, FeatureCache, pixel_digest, slots_per_image
 from lavish.inference.sampling import Sampler, likeliest
-from lavish.inference.steps import Prompt
+from lavish.inference.steps import Prompt, slots_beyond_positions, steps_for
 from lavish.inference.streaming import TextStream
 
 _FIRST_ANSWER_TOKENS = 256

@@ -7,9 +7,8 @@ from toy_chat_network import SLOT_ID, SLOTS, ToyProcessor, make_network
 
 import lavish
 from lavish.inference.cache import SliceCache
-from lavish.inference.decoder_steps import DecoderSteps, steps_for
 from lavish.inference.options import GenerationOptions
-from lavish.inference.steps import Prompt
+from lavish.inference.steps import DecoderSteps, Prompt, steps_for
 
 GENERATION = {"max_new_tokens": 12}
 
