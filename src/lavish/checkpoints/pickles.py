@@ -218,11 +218,11 @@ class _Interpreter:
                 if handler is None:
                     self._refuse(opcode.name, argument)
                 handler(argument)
+            raise ValueError("it ends without STOP")
         except (UnsafeCheckpoint, CheckpointError):
             raise
         except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{self.file}: its pickle is damaged ({type(error).__name__}: {error}).") from error
-        raise CheckpointError(f"{self.file}: its pickle ends without STOP.")
 
     def _refuse(self, opcode: str, argument: Any) -> NoReturn:
         what = f"{opcode} {argument!r:.100}" if argument is not None else opcode
