@@ -535,14 +535,17 @@ def test_the_template_by_config_then_name_then_warning(tmp_path: Path, caplog: p
     assert lavish.load(root, tokenizer=OPEN / "tokenizer", device="cpu").processor.template_version == "base"
     assert open_release(root / "1").fields["template_version"] == "base"
     assert "tells the prompt" not in caplog.text
+    assert "template_version" not in open_release(root).notes
     for version, template in TEMPLATE.items():
         set_config(root, text_processor_version=version)
         assert open_release(root).fields["template_version"] == template
-    assert open_release(OPEN / "checkpoint").fields["template_version"] == "chat"
-    assert "neither text_processor_version" in caplog.text
-    assert "taken: 'chat'" in caplog.text
     vlm = lavish.load(OPEN / "checkpoint", tokenizer=OPEN / "tokenizer", config={"template_version": "base"})
     assert vlm.processor.template_version == "base"
+    assert "tells the prompt" not in caplog.text  # whoever says it is not told
+    vlm = lavish.load(OPEN / "checkpoint", tokenizer=OPEN / "tokenizer")
+    assert vlm.processor.template_version == "chat"
+    assert "neither text_processor_version" in caplog.text
+    assert "taken: 'chat'" in caplog.text
 
 
 def test_a_grounding_checkpoint_answers_with_boxes(tmp_path: Path) -> None:
@@ -554,9 +557,9 @@ def test_a_grounding_checkpoint_answers_with_boxes(tmp_path: Path) -> None:
 
 
 def test_the_longer_context_is_kept_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    release = open_release(OPEN / "checkpoint")
-    assert release.fields["max_position_embeddings"] == 4096
-    assert "max_sequence_length is 4096, where the Hugging Face release says 2048" in caplog.text
+    vlm = lavish.load(OPEN / "checkpoint", tokenizer=OPEN / "tokenizer", device="cpu")
+    assert vlm.model.config.max_position_embeddings == 4096
+    assert "max_sequence_length is 4096, the Hugging Face release says 2048; longer prompts are taken." in caplog.text
 
 
 # -- with the command's own function -----------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ class Release:
     """Of a generation_config.json: eos_token_id, temperature, top_p ..."""
     adapter: Path | Lora | None = None
     """The LoRA that the release consists of too, a folder or in the same files; None: it has none."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What was guessed or is unusual: field of the config -> a sentence, for who does not set that field."""
     adapted: Callable[[Any], None] | None = None
     """Called with the network once an adapter is on it."""
 

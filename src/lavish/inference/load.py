@@ -300,6 +300,9 @@ def open_release(path: Path, overrides: dict[str, Any], pieces: Mapping[str, str
         return _open_folder(path, overrides, pieces)
     _check_pieces(pieces, family)
     release = family.open_release(path, {name: hub.resolve(value) for name, value in pieces.items()})
+    for name, note in release.notes.items():
+        if name not in overrides:
+            logger.warning("%s: %s", path, note)
     _check_rope(overrides, family)
     config = family.read_config(release.fields, str(path), **overrides)
     sampling_defaults = read_sampling_defaults(release.generation_config, f"{path}: generation_config.json")

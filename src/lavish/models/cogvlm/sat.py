@@ -9,7 +9,6 @@ Source: THUDM/CogVLM, utils/models/cogvlm_model.py, eva_clip_model.py, mixin.py.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,17 +30,12 @@ from lavish.common.errors import (
     did_you_mean,
 )
 from lavish.models.cogvlm import manifest
-from lavish.models.cogvlm.sat_config import ROPE_THETA, choose_template, config_fields, sat_fields
+from lavish.models.cogvlm.sat_config import ROPE_THETA, choose_template, config_fields, context_note, sat_fields
 from lavish.models.cogvlm.sat_lora import apart, read_lora
 from lavish.models.cogvlm.sat_names import INV_FREQ, RULES, SHARED_INV_FREQ, TO_SAT, source_names
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
-
-CONTEXT, VICUNA_CONTEXT = 2048, 4096
-"""Of the Hugging Face release, and what its Vicuna was trained for; SAT's configs have the second."""
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
@@ -59,24 +53,17 @@ def open_release(path: Path) -> Release:
     where = str(root / sat.CONFIG)
     fields = config_fields(sat.read_config(root), where)  # what the model is comes before whether its files are whole
     opened = sat.open_checkpoint(path)
-    fields["template_version"] = choose_template(fields, root)
-    if "grounding" in root.resolve().name.lower():
+    name = root.resolve().name
+    fields["template_version"], note = choose_template(fields, name)
+    notes = {"template_version": note, "max_position_embeddings": context_note(fields["max_position_embeddings"])}
+    if "grounding" in name.lower():
         fields["grounding"] = True  # an iteration's folder, and what this is converted to, have other names
-    context = fields["max_position_embeddings"]
-    if context > CONTEXT:
-        beyond = " Beyond 4096 not even the Vicuna below it was trained." if context > VICUNA_CONTEXT else ""
-        logger.warning(
-            "%s: max_sequence_length is %d, where the Hugging Face release says %d; longer prompts are not refused.%s",
-            where,
-            context,
-            CONTEXT,
-            beyond,
-        )
     weights, matrices = apart(opened.tensors, opened.fields)
     tensors = TensorMap(root, from_sat(root, weights, fields["num_hidden_layers"]))
     lora = read_lora(root, opened, matrices, tensors) if matrices else None
     read_tokenizer = partial(_load_tokenizer, vocab_size=fields["vocab_size"])
-    return Release(fields, tensors, root, read_tokenizer, adapter=lora)
+    said = {field: note for field, note in notes.items() if note is not None}
+    return Release(fields, tensors, root, read_tokenizer, adapter=lora, notes=said)
 
 
 def _load_tokenizer(folder: Path, vocab_size: int) -> Any:

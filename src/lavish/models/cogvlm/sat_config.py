@@ -6,17 +6,13 @@ THUDM/SwissArmyTransformer, sat/model/base_model.py (model_config.json).
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lavish.checkpoints import sat
 from lavish.common.errors import ConfigError, UnknownLayout, did_you_mean, shown
 from lavish.models.cogvlm import manifest
-
-logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = ("CogVLMModel", "FineTuneTrainCogVLMModel", "FineTuneTestCogVLMModel")
 ROPE_THETA = 10000.0
@@ -52,6 +48,8 @@ VISION_FIXED = {
 }
 """What every CogVLM v1 says: no config.json has it, and another value is another network."""
 LAYERNORM_EPSILON, VISION_LAYERNORM_EPSILON = 1e-5, 1e-6
+CONTEXT, VICUNA_CONTEXT = 2048, 4096
+"""Of the Hugging Face release, and what its Vicuna was trained for; SAT's configs have the second."""
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -215,17 +213,25 @@ def template_of_name(name: str) -> str | None:
     return next((template for word, template in TEMPLATES_OF_NAMES.items() if word in words), None)
 
 
-def choose_template(fields: dict[str, Any], root: Path) -> str:
-    """Give the template of a checkpoint: as its config says, else as its name tells, else `chat`, with a warning."""
+def choose_template(fields: Mapping[str, Any], name: str) -> tuple[str, str | None]:
+    """Give the template of a checkpoint, and what is to be said of it: as its config says, else as its name tells,
+    else `chat`."""
     if "template_version" in fields:
-        return fields["template_version"]
-    if (named := template_of_name(root.resolve().name)) is not None:
-        return named
-    logger.warning(
-        "%s: neither text_processor_version of %s nor the folder's name tells the prompt that this model was trained "
-        "with; taken: 'chat' (cogvlm-chat). For base and grounding models, and what was trained from them, say "
-        "config={'template_version': 'base'}, or chat_template='base' in each call.",
-        root,
-        sat.CONFIG,
+        return fields["template_version"], None
+    if (named := template_of_name(name)) is not None:
+        return named, None
+    return "chat", (
+        f"neither text_processor_version of {sat.CONFIG} nor the folder's name tells the prompt that this model was "
+        "trained with; taken: 'chat' (cogvlm-chat). For base and grounding models, and what was trained from them, "
+        "give config={'template_version': 'base'}, or chat_template='base' (--template base) in each call."
     )
-    return "chat"
+
+
+def context_note(context: int) -> str | None:
+    """Say that a context is longer than the Hugging Face release's."""
+    if context <= CONTEXT:
+        return None
+    beyond = " Beyond 4096 not even the Vicuna below it was trained." if context > VICUNA_CONTEXT else ""
+    return (
+        f"max_sequence_length is {context}, the Hugging Face release says {CONTEXT}; longer prompts are taken.{beyond}"
+    )
