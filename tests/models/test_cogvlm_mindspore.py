@@ -240,6 +240,17 @@ def test_there_and_back_through_convert(whole: Path, tmp_path: Path) -> None:
         assert vlm.chat(asked("what is it?"), max_new_tokens=6).token_ids == loaded
 
 
+def test_a_file_of_another_dtype_by_what_shapes_do_not_say(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lacks vision_config\.num_heads"):
+        convert(IMAGE, tmp_path / "fp32", to="mindspore", dtype="fp32")
+    convert(IMAGE, tmp_path / "fp32", to="mindspore", dtype="fp32", config=WHAT_SHAPES_DO_NOT_SAY, verify=True)
+    expected, found = load_file(IMAGE.parents[2] / "expected_fp32.safetensors"), mindspore.read(tmp_path / "fp32")
+    assert all(torch.equal(found[name], expected[name]) for name in expected if name != FREQS)
+    config = open_release(tmp_path / "fp32").fields
+    assert (config["vision_config"]["num_heads"], config["vision_config"]["image_size"]) == (3, 56)
+    assert (config["eos_token_id"], config["rope"]) == ([61, 62], "float32")
+
+
 def test_ranks_become_a_folder_of_the_release_and_the_other_way(whole: Path, tmp_path: Path) -> None:
     convert(CARDS, tmp_path / "hf", to="hf", config=HF / "config.json", tokenizer=whole, verify=True)
     stored, expected = hf.read(tmp_path / "hf"), released()

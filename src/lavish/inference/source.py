@@ -6,6 +6,7 @@ those of the network, under which a Hugging Face folder is written. For CogVLM a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -138,7 +139,9 @@ def open_source(
     if adapter is None and opened.release is not None:
         adapter = opened.release.adapter
     where = _layout(folder, is_pieces=opened.release is not None)
-    fields = {**opened.config_dict, **overrides}
+    fields = opened.config_dict
+    if overrides:  # what was given may be nested, or in another program's words: the config has it in its own
+        fields = {**fields, **json.loads(opened.config.to_json_string())}
     rules = tuple(opened.family.rules)
     return Source(
         folder, where, opened.family, fields, opened.config, opened.tensors, rules, opened, adapter, overrides
