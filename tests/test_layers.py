@@ -42,6 +42,15 @@ EXTRA_PACKAGES = {  # package: rooms that may import it
 HEAVY = {"torch", "transformers", "peft", "accelerate", "torchvision", "matplotlib"}
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "misc", "common2"}
 MAX_NETWORK_LINES = 600
+MAX_FUNCTION_LINES = 40
+LONG_FUNCTIONS = {  # function: why it may be longer
+    "lavish.cli.chat.command": "its options, each checked and passed on by name",
+    "lavish.cli.convert.command": "as chat's",
+    "lavish.cli.predict.command": "as chat's",
+    "lavish.checkpoints.deepspeed.survey": "one walk over the files of a checkpoint, whose findings belong together",
+    "lavish.checkpoints.loading.load_into": "one pass over the tensors, whose state every step needs",
+    "lavish.inference.load.load": "the front door: every option of it is resolved here, one after the other",
+}
 
 # Written in pieces so that this file does not find itself.
 MACHINE_WORDS = [
@@ -197,6 +206,26 @@ def test_dependencies_start_where_known_holes_are_closed() -> None:
 def test_a_network_is_one_readable_file(path: Path) -> None:
     num_lines = len(path.read_text(encoding="utf-8").splitlines())
     assert num_lines <= MAX_NETWORK_LINES, f"{path.relative_to(ROOT)} has {num_lines} lines"
+
+
+def num_body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Count a function's lines, signature and docstring left out."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_functions_are_short() -> None:
+    """Under 40 lines, `forward` apart: a network's is read from top to bottom."""
+    found = {
+        f"{module_name(path)}.{node.name}"
+        for path in modules()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.name != "forward"
+        and num_body_lines(node) > MAX_FUNCTION_LINES
+    }
+    assert not found - set(LONG_FUNCTIONS), f"over {MAX_FUNCTION_LINES} lines: {sorted(found - set(LONG_FUNCTIONS))}"
+    assert not set(LONG_FUNCTIONS) - found, f"short again: {sorted(set(LONG_FUNCTIONS) - found)}"
 
 
 def test_names_of_test_modules_are_unique() -> None:

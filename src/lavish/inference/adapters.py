@@ -90,7 +90,7 @@ def apply_adapter(
     """
     _check_network(network)
     try:
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import LoraConfig, PeftModel
     except ImportError as error:
         raise MissingDependency("adapter= needs peft, which is not installed: pip install 'lavish[train]'.") from error
     if not isinstance(name, str) or not name or "." in name:
@@ -106,16 +106,7 @@ def apply_adapter(
     if not is_first and name in network.peft_config:
         raise ConfigError(f"An adapter {name!r} is on the network already; give the new one another name.")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Unsupported layer type .*Int8Linear")  # registered above
-            # peft 0.21 asks transformers 5.23 whether activations are checkpointed under the attribute's old name;
-            # the answer is right, and the user can do nothing about the question.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            if is_first:
-                model = get_peft_model(network, config, adapter_name=name)
-            else:
-                model = network
-                model.add_adapter(name, config)
+        model = _with_layers(network, config, name)
     except ValueError as error:  # what peft raises when no layer has a name of target_modules
         _set_trainable(network, trainable)
         raise ConfigError(
@@ -134,6 +125,21 @@ def apply_adapter(
     # For whoever saves it; not before, peft would look for that model's config on the hub.
     model.peft_config[name].base_model_name_or_path = fields.get("base_model_name_or_path")
     return model.eval()
+
+
+def _with_layers(network: Any, config: Any, name: str) -> Any:
+    """Give the `PeftModel` of a network, or the one that it is, with the layers of one more adapter."""
+    from peft import PeftModel, get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type .*Int8Linear")  # `layers_over_quantized` knows it
+        # peft 0.21 asks transformers 5.23 whether activations are checkpointed under the attribute's old name; the
+        # answer is right, and the user can do nothing about the question.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        if not isinstance(network, PeftModel):
+            return get_peft_model(network, config, adapter_name=name)
+        network.add_adapter(name, config)
+        return network
 
 
 def read_adapter(adapter: Path | Lora, native: NativeAdapter | None) -> tuple[dict[str, Any], dict[str, Any], Path]:

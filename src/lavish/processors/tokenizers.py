@@ -211,20 +211,9 @@ def rank_backend(
             f"{len(ranks) + len(special) - 1}; they are given as {found[0]} to {found[-1]}. File and ids belong "
             "to different models; fetch the tokenizer's files again."
         )
-    letters = bytes_to_unicode()
-    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
-    vocab = {spelled[token]: rank for token, rank in ranks.items()}
-    merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
-    backend = Tokenizer(BPE(vocab, merges, ignore_merges=True))
+    backend = _byte_pairs(ranks, split_pattern)
     if normalizer is not None:
         backend.normalizer = normalizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split_pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     if prefix:
         start = " ".join(prefix)
@@ -233,6 +222,23 @@ def rank_backend(
             pair=f"{start} $A {start} $B",
             special_tokens=[(token, special_tokens[token]) for token in prefix],
         )
+    return backend
+
+
+def _byte_pairs(ranks: Mapping[bytes, int], split_pattern: str) -> Tokenizer:
+    """Give the plain tokenizer of a rank file: a split by pattern, then byte pairs by rank."""
+    letters = bytes_to_unicode()
+    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
+    backend = Tokenizer(BPE(vocab, merges, ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split_pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
     return backend
 
 

@@ -175,10 +175,8 @@ def prefill_plan(
     types_host, real_host = torch.stack((F.pad(types, (past + seq - types.shape[1], 0)), is_real.to(types.dtype))).cpu()
     num_images = _count_images(types_host, config)
     has_new_image = bool(types_host[:, past:].any())
-    if has_new_image and past and bool((types_host[:, past - 1] * types_host[:, past]).any()):
-        raise PromptError(f"the cache ends inside an image, after {past} tokens. Crop it before the image or after it.")
-    if config.is_video and has_new_image and bool(types_host[:, :past].any()):
-        raise PromptError(f"the cache ends between the frames of a video, after {past} tokens. Crop it before them.")
+    if has_new_image and past:
+        _check_cut(types_host, past, config.is_video)
     if is_whole:
         position_ids = position_ids_from(types, is_real)[:, past:]
     else:
@@ -197,6 +195,14 @@ def prefill_plan(
         num_images=num_images,
         has_new_image=has_new_image,
     )
+
+
+def _check_cut(types_host: torch.Tensor, past: int, is_video: bool) -> None:
+    """Refuse a cache that ends where no prompt can go on: inside an image, or between the frames of a video."""
+    if bool((types_host[:, past - 1] * types_host[:, past]).any()):
+        raise PromptError(f"the cache ends inside an image, after {past} tokens. Crop it before the image or after it.")
+    if is_video and bool(types_host[:, :past].any()):
+        raise PromptError(f"the cache ends between the frames of a video, after {past} tokens. Crop it before them.")
 
 
 def _check_shape(name: str, tensor: torch.Tensor, rows: int, seq: int, past: int, allowed) -> None:

@@ -155,11 +155,7 @@ class GPTDialogueProcessor(ProcessorMixin):
             PromptError: nothing to collate, an unknown option, features of another width, or a sample that does not
                 fit.
         """
-        if padding_side not in ("left", "right") or too_long not in ("raise", "cut") or compat not in (None, "lavis"):
-            raise PromptError(
-                f"padding_side={padding_side!r}, too_long={too_long!r}, compat={compat!r}: they are 'left' or 'right', "
-                "'raise' or 'cut', None or 'lavis'."
-            )
+        _check_options(padding_side, too_long, compat)
         if not samples:
             raise PromptError("collate got no samples.")
         for sample in samples:
@@ -236,6 +232,14 @@ def _check_names(config: GPTDialogueConfig, options: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"visual_ft and audio_ft name {shares} = {width} numbers a frame, and this network takes "
             f"{config.len_video_ft} (len_video_ft): {', '.join(RELEASED_WIDTHS)}."
+        )
+
+
+def _check_options(padding_side: str, too_long: str, compat: str | None) -> None:
+    if padding_side not in ("left", "right") or too_long not in ("raise", "cut") or compat not in (None, "lavis"):
+        raise PromptError(
+            f"padding_side={padding_side!r}, too_long={too_long!r}, compat={compat!r}: they are 'left' or 'right', "
+            "'raise' or 'cut', None or 'lavis'."
         )
 
 
