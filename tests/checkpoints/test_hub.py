@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub.utils import validate_repo_id
 
 from lavish.checkpoints import hub
-from lavish.common.errors import ConfigError, MissingDependency
+from lavish.common.errors import CheckpointError, ConfigError, MissingDependency
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = """
@@ -234,3 +234,24 @@ def test_a_model_of_lavis_is_the_file_that_its_yaml_names(monkeypatch: pytest.Mo
 def test_no_model_of_lavis(name: str) -> None:
     with pytest.raises(ConfigError, match="no released file of LAVIS"):
         hub.resolve(f"lavis:{name}")
+
+
+def test_small_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.resolve_small(tmp_path) == tmp_path
+    assert hub.resolve_small(str(tmp_path)) == tmp_path
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        hub.resolve_small(str(tmp_path / "nothing"))
+    asked = []
+
+    def snapshot_download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo_id, revision, allow_patterns))
+        if revision:
+            raise OSError("the line is dead")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert hub.resolve_small("some/model") == tmp_path
+    assert asked[0][:2] == ("some/model", None)
+    assert not any("safetensors" in pattern for pattern in asked[0][2])
+    with pytest.raises(CheckpointError, match=r"some/model@v2: its tokenizer and config cannot be fetched now .*dead"):
+        hub.resolve_small("some/model@v2")

@@ -346,6 +346,15 @@ def test_avsd_needs_its_processors(cache: Path) -> None:
         train.collater([{}])
 
 
+def test_lavis_recipe_names_no_tokenizer(cache: Path) -> None:
+    """Its config is checked, and nothing is fetched for that: not the tokenizer either."""
+    avsd(cache)
+    names = {"vis_processor": "gpt_video_ft", "text_processor": "gpt_dialogue"}
+    sections = {kind: {mode: {"name": name} for mode in ("train", "eval")} for kind, name in names.items()}
+    datasets = build("avsd_dialogue", FIXTURE / "inputs/features", **sections)
+    assert len(datasets["train"]) == 7
+
+
 def test_features_of_different_widths(cache: Path) -> None:
     train = avsd(cache)["train"]
     one, two = train[0], train[1]

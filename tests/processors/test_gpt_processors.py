@@ -135,8 +135,22 @@ def test_wrong_settings():
         video(visual_ft="i3d_rgb")
     with pytest.raises(ConfigError, match="both empty"):
         video(visual_ft=[], audio_ft=[])
-    with pytest.raises(ConfigError, match=r"the folder with GPT-2's vocab\.json"):
-        registry.get_processor_class("gpt_dialogue").from_config({})
+
+
+def test_the_hubs_tokenizer_is_fetched_on_first_use(monkeypatch):
+    """As in LAVIS's recipes, which name none; a config is checked without it."""
+    asked = []
+
+    def snapshot_download(repo_id, **options):
+        asked.append(repo_id)
+        raise OSError("the line is dead")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    made = registry.get_processor_class("gpt_dialogue").from_config({})
+    assert asked == []
+    with pytest.raises(CheckpointError, match="openai-community/gpt2: .*the line is dead.*Give the path"):
+        made({"question": "x"})
+    assert asked == ["openai-community/gpt2"]
 
 
 def test_wrong_tokenizer_files(tmp_path):

@@ -33,6 +33,10 @@ _ID = re.compile(rf"(?=.{{1,96}}\Z)(?!.*(--|\.\.|\.git\Z)){_NAME}/{_NAME}")
 """As the hub's client checks it: what is not of this form would be an error of the client's."""
 
 
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+"""What a repository holds beside its weights, of which `resolve_small` fetches no more."""
+
+
 def is_id(name: str) -> bool:
     """Tell whether a name can be that of a repository: `org/name[@revision]`, on whichever hub."""
     return _ID.fullmatch(name.removeprefix(MODELSCOPE).partition("@")[0]) is not None
@@ -90,6 +94,29 @@ def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
         )
     fetch = _from_modelscope if name.startswith(MODELSCOPE) else _from_hugging_face
     return fetch(repo_id, wanted or revision)
+
+
+def resolve_small(name_or_path: str | Path) -> Path:
+    """Give the local path of `name_or_path`; of a Hugging Face id only configs and tokenizers are fetched, no weights.
+
+    Raises: as `resolve`.
+    """
+    name = os.path.expanduser(str(name_or_path))
+    repo_id, _, revision = name.partition("@")
+    if os.path.exists(name) or isinstance(name_or_path, Path) or not is_id(name) or name.startswith(MODELSCOPE):
+        return resolve(name_or_path if os.path.exists(str(name_or_path)) else name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    cached = cached_config(repo_id, revision or None)
+    repo_id = repo_id if cached is None else cached[0]
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(SMALL_FILES)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: its tokenizer and config cannot be fetched now and are not in the cache "
+            f"({str(error).splitlines()[0]}). Give the path of its folder."
+        ) from error
 
 
 def _from_lavis(name: str) -> Path:

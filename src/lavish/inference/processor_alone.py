@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import lavish.models as table
 from lavish.checkpoints import hub
 from lavish.checkpoints.layouts import config_folder, read_config_json
-from lavish.common.errors import CheckpointError, ConfigError
+from lavish.common.errors import ConfigError
 from lavish.inference.load import POCKET, find_composite, open_release, read_overrides, sample_family
-
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 
 
 def load_processor(
@@ -35,9 +32,9 @@ def load_processor(
         ConfigError: no such model, or one that holds no conversation.
         CheckpointError: files that are absent or damaged.
     """
-    folder = POCKET if path_or_hub_id is None else _small(path_or_hub_id)
+    folder = POCKET if path_or_hub_id is None else hub.resolve_small(path_or_hub_id)
     given = dict(pieces or {})
-    where = None if tokenizer is None else _small(tokenizer)
+    where = None if tokenizer is None else hub.resolve_small(tokenizer)
     if sample_family(folder, given) is not None:
         raise ConfigError(f"{folder}: holds no conversation, so it has no prompts; name a chat model.")
     overrides = read_overrides(config)
@@ -45,28 +42,3 @@ def load_processor(
         return open_release(folder, overrides, given).processor(where, is_overridden=bool(overrides))
     family = table.detect_family(read_config_json(config_folder(folder)), str(folder / "config.json"))
     return family.processor_class.from_pretrained(config_folder(folder), tokenizer=where)
-
-
-def _small(name_or_path: str | Path) -> Path:
-    """Give the folder of a path, or of a hub id with its small files."""
-    name = str(name_or_path)
-    if os.path.exists(os.path.expanduser(name)):
-        return Path(name).expanduser()
-    repo_id, _, revision = name.partition("@")
-    if not hub.is_id(name) or ":" in name:
-        return hub.resolve(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    cached = hub.cached_config(repo_id, revision or None)
-    try:
-        return Path(
-            snapshot_download(
-                repo_id if cached is None else cached[0], revision=revision or None, allow_patterns=list(SMALL_FILES)
-            )
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{name}: its tokenizer cannot be fetched now and is not in the cache ({str(error).splitlines()[0]}). Give "
-            "the path of its folder."
-        ) from error

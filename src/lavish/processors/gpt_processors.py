@@ -8,6 +8,7 @@ lengths and not by values, and a dialogue may lack its summary or its answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lavish.checkpoints import hub
 from lavish.checkpoints.json_file import read_object
 from lavish.common.errors import CheckpointError, ConfigError, DataError, shown
 from lavish.processors.base_processor import BaseProcessor
@@ -24,6 +26,8 @@ from lavish.processors.tokenizers import encode_plain, load_tokenizer
 
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<speaker1>", "<speaker2>", "<video>", "<cap>", "<pad>")
 """In the order of their ids. Trap: `add_special_tokens` with LAVIS's dictionary puts <pad> third in transformers 5."""
+GPT2 = "openai-community/gpt2"
+"""Whose tokenizer it is where a config names none, as in LAVIS's recipes."""
 IGNORED_LABEL = -1
 UNDISCLOSED = "__UNDISCLOSED__"
 """What stands in the place of an answer in AVSD's test split."""
@@ -91,16 +95,33 @@ def _from_vocab_and_merges(folder: Path) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
 
 
-def _tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        add_special_tokens(tokenizer)
-        return tokenizer
-    if tokenizer is None:
-        raise ConfigError("gpt_dialogue and gpt_video_ft need tokenizer: the folder with GPT-2's vocab.json.")
-    return load_dialogue_tokenizer(tokenizer)
+class DialogueProcessor(BaseProcessor):
+    """Has GPT-2's tokenizer with the special tokens: the given one, else that of the hub, fetched on first use."""
+
+    def __init__(self, tokenizer: str | Path | PreTrainedTokenizerBase | None = None):
+        self._given = GPT2 if tokenizer is None else tokenizer
+        if tokenizer is not None:
+            _ = self.special_ids  # a wrong one is told now
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            CheckpointError: it cannot be fetched now, or is another one.
+        """
+        if isinstance(self._given, PreTrainedTokenizerBase):
+            add_special_tokens(self._given)
+            return self._given
+        return load_dialogue_tokenizer(hub.resolve_small(self._given) if self._given == GPT2 else self._given)
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The ids of the special tokens."""
+        return _special_ids(self.tokenizer)
 
 
-class GPTVideoFeatureProcessor(BaseProcessor):
+class GPTVideoFeatureProcessor(DialogueProcessor):
     """`gpt_video_ft`: features of a video from `<root>/<feature>/<image_id>.npy`, one row a frame."""
 
     def __init__(
@@ -114,8 +135,12 @@ class GPTVideoFeatureProcessor(BaseProcessor):
         self.audio_ft = _names("audio_ft", audio_ft)
         if not (self.visual_ft or self.audio_ft):
             raise ConfigError("gpt_video_ft: visual_ft and audio_ft are both empty; name at least one feature.")
-        self.tokenizer = _tokenizer(tokenizer)
-        self.video_token_id = _special_ids(self.tokenizer)["<video>"]
+        super().__init__(tokenizer)
+
+    @property
+    def video_token_id(self) -> int:
+        """The token type of frames."""
+        return self.special_ids["<video>"]
 
     def __call__(self, ft_root: str | Path, vname: str) -> dict[str, torch.Tensor]:
         """Read one video: `video_fts` (frames, width) float32, and `token_type_ids` (frames,), <video> for each.
@@ -163,7 +188,7 @@ class GPTVideoFeatureProcessor(BaseProcessor):
         return _lengths_mask(seq)
 
 
-class GPTDialogueTextProcessor(BaseProcessor):
+class GPTDialogueTextProcessor(DialogueProcessor):
     """`gpt_dialogue`: caption, earlier turns, question and answer of one dialogue as ids, token types and labels."""
 
     def __init__(
@@ -175,8 +200,7 @@ class GPTDialogueTextProcessor(BaseProcessor):
         if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 0:
             raise ConfigError(f"gpt_dialogue: max_turns is {shown(max_turns)} and must be a whole number from 0.")
         self.max_turns, self.use_caption = max_turns, use_caption
-        self.tokenizer = _tokenizer(tokenizer)
-        self.special_ids = _special_ids(self.tokenizer)
+        super().__init__(tokenizer)
 
     def __call__(self, ann: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Encode one sample: `caption`, `summary`, `dialog` (earlier turns), `question`, `answer`.
