@@ -52,6 +52,13 @@ def test_batch_speed(run):
     assert printed.count("goal >= 3 x") == 4
 
 
+def test_inspect_speed(run):
+    printed = run("inspect_speed", "--layers", "2", "--rounds", "1")
+    for name in ("hf", "sat", "sat-4-ranks", "mindspore", "deepspeed"):
+        assert f"\n{name} " in f"\n{printed}"
+    assert "goal < 1 s (wall time): " in printed
+
+
 def test_the_release_way_gives_the_release_logits(run):
     """The peer is no straw man: it gives what the golden fixture of the release gives."""
     release = importlib.import_module("_release_routing")

@@ -16,10 +16,12 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from lavish.checkpoints.tensor_map import ITEM_BYTES, TensorInfo, TensorMap
 from lavish.common.errors import CheckpointError, UnsafeCheckpoint
@@ -59,6 +61,9 @@ class Inert:
     arguments: tuple[Any, ...]
 
 
+_known: ContextVar[dict[Any, Any] | None] = ContextVar("trees of files", default=None)
+
+
 def load_tensors(path: str | Path) -> TensorMap:
     """Open one file that holds a flat dict of tensors.
 
@@ -84,11 +89,31 @@ def read_table(file: Path) -> dict[str, TensorInfo]:
     return tree
 
 
-def read_tree(file: Path, inert: Container[str] = ()) -> Any:
+def read_tree(file: Path, inert: Collection[str] = ()) -> Any:
     """Read what the file holds: dicts, lists, tuples, plain values, and a `TensorInfo` in the place of each tensor.
 
     Objects of the classes named in `inert` ("module Class") become an `Inert`; nothing of theirs is imported or called.
     """
+    known = _known.get()
+    if known is None:
+        return _read_tree(file, inert)
+    key = (file, file.stat().st_mtime_ns, frozenset(inert))
+    if key not in known:
+        known[key] = _read_tree(file, inert)
+    return known[key]
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Read each file once while this lasts; who looks at a checkpoint from several sides reads it several times."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _read_tree(file: Path, inert: Container[str]) -> Any:
     if file.name.startswith(NEVER_OPENED):
         raise UnsafeCheckpoint(f"{file}: holds a training run's pickled objects, not weights; never opened.")
     try:
@@ -103,7 +128,8 @@ def read_tree(file: Path, inert: Container[str] = ()) -> Any:
             "In the second case save it as safetensors with the torch that made it, on a machine where you trust "
             "the file."
         ) from error
-    return _Interpreter(file, records, inert).run(pickle_bytes)
+    with file.open("rb") as handle:
+        return _Interpreter(file, handle, records, inert).run(pickle_bytes)
 
 
 def _records(file: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -158,8 +184,10 @@ _LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", 
 class _Interpreter:
     """Run the opcodes that torch's state dicts are made of, on a stack of plain data."""
 
-    def __init__(self, file: Path, records: dict[str, zipfile.ZipInfo], inert: Container[str] = ()) -> None:
-        self.file = file
+    def __init__(
+        self, file: Path, handle: BinaryIO, records: dict[str, zipfile.ZipInfo], inert: Container[str]
+    ) -> None:
+        self.file, self.handle = file, handle
         self.inert = inert
         self.records = records
         self.file_bytes = file.stat().st_size
@@ -350,9 +378,8 @@ class _Interpreter:
                 f"{self.file}: storage {key!r} should be {nbytes} plain bytes and its entry has {entry.file_size}"
                 f"{' compressed' if entry.compress_type else ''}; fetch the file again."
             )
-        with self.file.open("rb") as handle:
-            handle.seek(entry.header_offset)
-            header = handle.read(30)
+        self.handle.seek(entry.header_offset)
+        header = self.handle.read(30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise CheckpointError(f"{self.file}: damaged at storage {key!r}; fetch the file again.")
         name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])

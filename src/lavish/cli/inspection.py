@@ -17,6 +17,7 @@ from typing import Any
 
 import lavish.models as table
 from lavish.checkpoints import deepspeed, hf, hub, lavis, layouts
+from lavish.checkpoints.pickles import remembered
 from lavish.checkpoints.rules import matches
 from lavish.checkpoints.tensor_map import ITEM_BYTES, Stored, TensorInfo, TensorMap
 from lavish.cli import layout_facts
@@ -138,6 +139,11 @@ def look(
     changes, given = dict(overrides or {}), dict(pieces or {})
     if not name_or_path.strip() or not os.path.exists(path) or path.name == "config.json":
         return _of_network_or_config(name_or_path, changes, given)
+    with remembered():
+        return _look(name_or_path, path, changes, given)
+
+
+def _look(name_or_path: str, path: Path, changes: dict[str, Any], given: dict[str, str]) -> Inspection:
     layout = layouts.detect(path)
     facts = layout_facts.facts_of(path, layout)
     try:
@@ -192,7 +198,7 @@ def _of_release(path: Path, layout: str, overrides: dict[str, Any]) -> Inspectio
     stored = None if overrides else release.tensors
     seen = _by_manifest(family, release.fields, str(path), overrides, stored)
     notes = _tokenizer_note(release.tokenizer) if stored is not None else _notes(path, None, overrides)
-    return replace(seen, path=str(path), notes=[*notes, *seen.notes])
+    return replace(seen, path=str(path), notes=[*notes, *release.notes.values(), *seen.notes])
 
 
 def _by_manifest(
