@@ -148,7 +148,7 @@ def test_the_hubs_tokenizer_is_fetched_on_first_use(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     made = registry.get_processor_class("gpt_dialogue").from_config({})
     assert asked == []
-    with pytest.raises(CheckpointError, match="openai-community/gpt2: .*the line is dead.*Give the path"):
+    with pytest.raises(CheckpointError, match=r"openai-community/gpt2: .*the line is dead.*Give the path"):
         made({"question": "x"})
     assert asked == ["openai-community/gpt2"]
 

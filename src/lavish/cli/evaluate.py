@@ -22,6 +22,7 @@ def command(
     cfg_path: options.CfgPath = None,
     overrides: options.Overrides = None,
     plugins: options.Plugins = None,
+    offline: options.Offline = False,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -134,6 +135,23 @@ Plugins = Annotated[
         "--plugin",
         metavar="MODULE",
         help="A module of your own, by name or .py file, that registers models, data sets or tasks; may be repeated.",
+    ),
+]
+
+
+def _go_offline(wanted: bool) -> bool:
+    """Forbid the network, to the hub's client too, which reads its variable when it is imported."""
+    if wanted:
+        os.environ.update(LAVISH_OFFLINE="1", HF_HUB_OFFLINE="1")
+    return wanted
+
+
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        callback=_go_offline,
+        help="Fetch nothing; say where to put what is absent (so does LAVISH_OFFLINE=1).",
     ),
 ]
 More = Annotated[

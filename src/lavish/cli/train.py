@@ -26,6 +26,7 @@ def command(
     cfg_path: options.CfgPath = None,
     overrides: options.Overrides = None,
     plugins: options.Plugins = None,
+    offline: options.Offline = False,
     only: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Run this stage; those that it starts from are finished.")
     ] = None,
