@@ -178,6 +178,15 @@ def test_nobody_said_what_becomes_of_it(trained: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "hf").exists()
 
 
+def test_another_adapter_does_not_take_its_place(trained: Path, tmp_path: Path) -> None:
+    convert(trained, tmp_path / "adapter", to="peft")
+    with pytest.raises(ConfigError, match=r"holds a LoRA of its own. Merge that first"):
+        load(trained, adapter=tmp_path / "adapter")
+    vlm = load(trained)
+    vlm.load_adapter(tmp_path / "adapter", "other")
+    torch.testing.assert_close(logits(vlm), logits(load(trained)), **MERGED_ADAPTER)
+
+
 def test_some_layers_only(tmp_path: Path, plain: Path) -> None:
     """Names of modules, not of kinds, where the LoRA is not on all of them."""
     module = with_lora(weights())

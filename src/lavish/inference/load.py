@@ -126,8 +126,13 @@ def load(
         )
     overrides = read_overrides(config, rope)
     release = open_release(folder, overrides, pieces)
-    if adapter is None and release.release is not None:
-        adapter = release.release.adapter
+    own = None if release.release is None else release.release.adapter
+    if adapter is not None and isinstance(own, Lora):
+        raise ConfigError(
+            f"adapter= was given, and {folder} holds a LoRA of its own. Merge that first (lavish convert "
+            "--merge-lora), or put the other one on the loaded network: vlm.load_adapter(path, name)."
+        )
+    adapter = own if adapter is None else adapter
     weight_dtype = resolve_dtype(dtype, _stored_dtype(release.tensors), target)
     if release.is_int8 and quantization is not None:
         raise ConfigError(f"{folder} was saved in int8 already; load it without quantization={quantization!r}.")
