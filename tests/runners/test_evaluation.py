@@ -460,3 +460,46 @@ def test_every_built_in_task_of_results_says_how_they_are_merged() -> None:
     for name in registry.list_tasks():
         cls = registry.get_task_class(name)
         assert cls.scores_loaded_models or issubclass(cls, ScoredTask)
+
+
+# -- recipes of models that chat
+
+
+def test_boxes_by_a_model_that_chats(tmp_path: Path, cache: Path) -> None:
+    """The recipe of CogVLM's grounding model, on the pocket model and rows of one's own."""
+    rows_file = tmp_path / "boxes.json"
+    found = [
+        {"image": name, "expression": "the circle", "bbox": [5 * at, 8, 30, 32]} for at, name in enumerate(sets.NAMES)
+    ]
+    rows_file.write_text(json.dumps([{**one, "width": 70 + 9 * at, "height": 64} for at, one in enumerate(found)]))
+    options = [
+        f"model={{path: {POCKET}, tokenizer: null}}",
+        f"datasets.refcoco.build_info.annotations.val.storage={rows_file}",
+        f"datasets.refcoco.build_info.images.storage={cache / 'coco' / 'images'}",
+        "run.num_workers=0",
+        "run.device=cpu",
+        f"run.output_dir={tmp_path / 'out'}",
+    ]
+    result = evaluation.evaluate(Config(sets.ROOT / "projects" / "cogvlm" / "eval" / "refcoco_eval.yaml", options))
+    metrics = result.splits[0].metrics
+    assert metrics is not None
+    assert metrics["readable"] > 50  # the pocket model answers with boxes
+    given = rows(tmp_path / "out")
+    assert [row["score"] for row in given] == pytest.approx(result.splits[0].scores.measures["mean_iou"].per_sample)
+    assert given[0]["reference"] == "[[000,125,429,625]]"
+    assert given[0]["question"] == "the circle"
+    assert (tmp_path / "out" / "report.html").read_text().count("data:image/jpeg;base64,") == 7
+
+
+def test_the_recipe_of_a_model_that_chats(tmp_path: Path) -> None:
+    options = [f"model.path={POCKET}", "run.num_workers=0", "run.device=cpu", f"run.output_dir={tmp_path}"]
+    evaluation.evaluate(Config(sets.ROOT / "projects" / "cogvlm2" / "eval" / "vqav2_eval.yaml", options))
+    assert json.loads((tmp_path / "metrics.json").read_text())["record"]["asked"]["vqa"]["chat_template"] == "vqa"
+
+
+def test_a_recipe_of_blip_with_another_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`model.path` on the command line puts any model into it."""
+    more = ("run.num_workers=0", "run.device=cpu", f"run.output_dir={tmp_path}")
+    evaluation.evaluate(Config(sets.EVAL / "vqav2_eval.yaml", [f"model.path={POCKET}", *more]))
+    assert "model.arch 'blip_vqa' of the recipe is not" in caplog.text
+    assert json.loads((tmp_path / "metrics.json").read_text())["record"]["asked"]["vqa"]["chat_template"] == "vqa"

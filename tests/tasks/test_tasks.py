@@ -279,7 +279,7 @@ def test_referring_expressions() -> None:
     assert scores.metrics() == pytest.approx(
         {"accuracy@0.5": 100 / 3, "mean_iou": 1 / 3, "readable": 200 / 3, "agg_metrics": 100 / 3}
     )
-    assert scores.references[0] == [100, 100, 500, 500]
+    assert scores.references[0] == "[[100,100,500,500]]"
     with pytest.raises(ConfigError, match="names no boxes"):
         task.valid_step(Classifier(), samples)
     wrong = (({"bbox": [1, 2, 3, 4]}, "needs bbox or box"), ({**records[0], "bbox": [1]}, "bbox or box"))

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lavish.common import grounding
 from lavish.common.errors import LavishError
 
 REPORT_FILE = "report.html"
@@ -178,6 +180,16 @@ def _joined(reference: Any) -> str:
     return " | ".join(f"{text} ({count})" if count > 1 else text for text, count in counted.items())
 
 
+def _with_boxes(image: Image.Image, row: Row) -> Image.Image:
+    """Draw what is right and what was answered, where the right thing is a box."""
+    right = grounding.parse(row["reference"]) if isinstance(row.get("reference"), str) else []
+    if not right:
+        return image
+    answered = grounding.parse(str(row["result"].get("answer", "")))
+    named = [replace(entry, phrase="right") for entry in right] + [replace(one, phrase="answer") for one in answered]
+    return grounding.draw(image, [entry for entry in named if entry.boxes], labels=True)
+
+
 def _picture(open_picture: OpenPicture, row: Row) -> str:
     """Give the picture of a row as an image within the page; nothing where it has none."""
     try:
@@ -188,6 +200,7 @@ def _picture(open_picture: OpenPicture, row: Row) -> str:
         return ""
     small = image.convert("RGB")
     small.thumbnail((MAX_SIDE, MAX_SIDE))
+    small = _with_boxes(small, row)
     data = io.BytesIO()
     small.save(data, "JPEG", quality=85)
     coded = base64.b64encode(data.getvalue()).decode("ascii")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lavish.common.boxes import Box
 from lavish.common.errors import ConfigError, DataError, shown
 from lavish.tasks.metrics.boxes import score_reply
 from lavish.tasks.metrics.measure import mean_of
@@ -42,7 +43,7 @@ class GroundingTask(ScoredTask):
             "mean_iou": mean_of([one.overlap for one in found]),
             "readable": mean_of([float(one.is_readable) for one in found], 100),
         }
-        references = [[round(1000 * value) for value in target] for target in targets]
+        references = [f"[[{Box(*(round(1000 * value) for value in target))}]]" for target in targets]
         return Scores(measures, measures["accuracy@0.5"].value, "mean_iou", references)
 
 
