@@ -245,6 +245,18 @@ def test_of_two_ranks_it_is_laid_together_before_it_is_added(trained: Path, tmp_
             r"has matrices of \(3, 7\) and \(48, 3\) for each of 1 parts; they do not fit",
         ),
         (
+            lambda m: m.update(
+                {f"transformer.final_layernorm.matrix_{kind}.0": torch.tensor(1.0) for kind in "AB"},
+            ),
+            ShapeMismatch,
+            r"'model.norm.weight', which is \(48,\), has matrices of \(\) and \(\)",
+        ),
+        (
+            lambda m: m.update({f"{LANGUAGE.format(0)}.dense.matrix_A.0": torch.tensor(1.0)}),
+            ShapeMismatch,
+            r"has matrices of \(\) and \(48, 3\)",
+        ),
+        (
             lambda m: m.update({f"{LANGUAGE.format(0)}.dense.weight": torch.ones(2)}),
             CheckpointError,
             r"dense.original.weight' beside the weight that it is the original of",

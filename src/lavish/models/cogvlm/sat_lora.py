@@ -95,13 +95,15 @@ def _pairs(root: Path, weight: str, found: Mapping[tuple[str, int], Stored], ten
         raise MissingKeys(f"{root}: has a LoRA for {weight!r} and no such weight.")
     if absent:
         raise MissingKeys(f"{root}: the LoRA of {weight!r} has no {absent[0]}; the file is not whole.")
-    rows, columns = tensors.info(weight).shape
+    shape = tensors.info(weight).shape
+    rows, columns = shape if len(shape) == 2 else (0, 0)
     pairs = tuple((found["A", index], found["B", index]) for index in range(count))
     for first, second in pairs:
         shapes = (first.shape, second.shape)
-        if shapes != ((first.shape[0], columns), (rows // count, first.shape[0])) or rows % count:
+        rank = first.shape[0] if first.shape else 0
+        if not rank or not rows or rows % count or shapes != ((rank, columns), (rows // count, rank)):
             raise ShapeMismatch(
-                f"{root}: the LoRA of {weight!r}, which is {(rows, columns)}, has matrices of {shapes[0]} and "
+                f"{root}: the LoRA of {weight!r}, which is {shape}, has matrices of {shapes[0]} and "
                 f"{shapes[1]} for each of {count} parts; they do not fit."
             )
     return pairs
