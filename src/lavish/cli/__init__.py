@@ -22,6 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 from lavish import __version__
+from lavish.cli.spelling import for_command_line
 from lavish.common.errors import LavishError
 
 __all__ = ["main"]
@@ -62,7 +63,7 @@ class Commands(TyperGroup):
         except LavishError as error:
             if is_debugging():
                 raise
-            _say(str(error))
+            _say(for_command_line(str(error)))
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
             if is_debugging():

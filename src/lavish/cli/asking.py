@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from lavish.inference.vlm import VLM
 
 
+ABOUT_FEATURES = (
+    "answers about features of a video, which are no pictures and which no command reads; in Python: "
+    "lavish.load(...).answer(features, question, dialog=[...])."
+)
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a question is about, opened: pictures in their order, or the path of a video; both may be absent."""
@@ -51,6 +57,29 @@ def messages_of(seen: Seen, question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
+def check_talks(vlm: VLM, name: str | None) -> None:
+    """Refuse a model that holds no conversation, and say what it is asked with.
+
+    Raises:
+        ConfigError: it holds none.
+    """
+    if "chat" in vlm.capabilities:
+        return
+    if _reads_features(vlm):
+        raise ConfigError(f"{name} holds no conversation of its own: it {ABOUT_FEATURES}")
+    ways = {
+        "answer": f"lavish predict {name} --image FILE --question TEXT",
+        "caption": f"lavish predict {name} --image FILE, which captions without a question",
+        "embed": "in Python: lavish.load(...).embed(images, texts)",
+    }
+    asked = " or ".join(way for capability, way in ways.items() if capability in vlm.capabilities)
+    raise ConfigError(f"{name} holds no conversation: it can {' and '.join(vlm.capabilities)}. Ask it with {asked}.")
+
+
+def _reads_features(vlm: VLM) -> bool:
+    return type(vlm.processor).__name__ == "GPTDialogueProcessor"
+
+
 def check_options(vlm: VLM, generation: dict[str, Any]) -> None:
     """Refuse options of conversations for a model that holds none, and a model that sees no pictures.
 
@@ -61,11 +90,8 @@ def check_options(vlm: VLM, generation: dict[str, Any]) -> None:
         return
     if given := [name for name, value in generation.items() if value is not None]:
         raise ConfigError(f"{vlm.name} holds no conversation and takes no {given[0]}.")
-    if type(vlm.processor).__name__ == "GPTDialogueProcessor":
-        raise ConfigError(
-            f"{vlm.name} answers about features of a video, which are no pictures; in Python: "
-            "lavish.load(...).answer(features, question, dialog=[...])."
-        )
+    if _reads_features(vlm):
+        raise ConfigError(f"{vlm.name} {ABOUT_FEATURES}")
 
 
 def sample_of(vlm: VLM, seen: Seen, question: str) -> str:

@@ -88,6 +88,7 @@ def command(
         "grounding": grounding,
     }
     from lavish.cli import processes
+    from lavish.cli.asking import check_talks
     from lavish.cli.dialogue import COMMANDS, Dialogue, check_template, template_warning, video_path
     from lavish.cli.loading import describe, load_model
     from lavish.cli.screen import Pipes, Terminal
@@ -118,11 +119,7 @@ def command(
             config=config,
             words=(words.loading, words.loaded),
         )
-        if "chat" not in vlm.capabilities:
-            raise ConfigError(
-                f"{name} holds no conversation: it can {' and '.join(vlm.capabilities)}. Ask it with lavish predict "
-                f"{name} --image FILE --question TEXT; without a question it captions."
-            )
+        check_talks(vlm, name)
         return vlm
 
     def talk(load: Callable[[], VLM]) -> int:
