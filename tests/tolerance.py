@@ -95,3 +95,6 @@ BIGGER_BATCH = {"rtol": 1e-5, "atol": 1e-6}
 
 BOX_JITTER = {"rtol": 0.0, "atol": 0.0051}
 """Corners of a box that a question names: drawn up to 4 thousandths aside, and cut to whole ones."""
+
+ANGLES = {"rtol": 0.0, "atol": 3e-4}
+"""Cosines of float32 angles of up to 4095 against float64's: half a step of such a number is 1.2e-4."""
