@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -119,3 +120,45 @@ def test_without_av(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(MissingDependency, match=r"pip install 'lavish\[video\]'"):
         read_frames(b"...", 4)
+
+
+def lying_clip(matrix: tuple[int, int, int, int]) -> bytes:
+    """Make an mp4 of 96 x 64 with a white upper left quarter, which its track header turns by (a, b, c, d)."""
+    content = io.BytesIO()
+    with av.open(content, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        picture = np.zeros((64, 96, 3), np.uint8)
+        picture[:32, :48] = 255
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    header = content.getvalue().index(b"tkhd") + 4
+    at = header + 40  # version and flags, times, number, length, place: 40 bytes in version 0
+    a, b, c, d = (value * 0x10000 for value in matrix)
+    rows = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000)
+    made = content.getvalue()
+    assert made[header] == 0
+    assert made[at : at + 36] == struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    return made[:at] + rows + made[at + 36 :]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "size", "corner"),
+    [
+        ((1, 0, 0, 1), (96, 64), (0, 0)),
+        ((0, 1, -1, 0), (64, 96), (1, 0)),  # right becomes down: a quarter turn with the clock
+        ((-1, 0, 0, -1), (96, 64), (1, 1)),
+        ((0, -1, 1, 0), (64, 96), (0, 1)),
+    ],
+)
+def test_frames_of_a_phone_are_turned_upright(matrix, size, corner):
+    (frame,) = read_frames(lying_clip(matrix), 1)
+    assert frame.size == size
+    width, height = size
+    levels_of = {
+        (x, y): np.asarray(frame)[y * height // 2 :, x * width // 2 :][: height // 2, : width // 2].mean()
+        for x in (0, 1)
+        for y in (0, 1)
+    }
+    assert {place for place, level in levels_of.items() if level > 128} == {corner}

@@ -2,7 +2,8 @@
 
 `read_frames` spreads them over the whole clip; `sample_frames` takes a rule of its own on the times. Needs PyAV (extra
 `video`), imported on use. A video may be a stranger's: only container formats that hold their own frames are opened
-(no playlist that names other files or URLs), and nothing is fetched.
+(no playlist that names other files or URLs), and nothing is fetched. Frames stand as a player shows them: the matrix by
+which phones turn them is followed.
 """
 
 from __future__ import annotations
@@ -193,7 +194,20 @@ def _pictures(container: Any, wanted: set[int]) -> dict[int, Image.Image]:
     found: dict[int, Image.Image] = {}
     for index, frame in enumerate(container.decode(stream)):
         if index in wanted:
-            found[index] = frame.to_image()
+            found[index] = _upright(frame)
         if len(found) == len(wanted):
             break
     return found
+
+
+def _upright(frame: Any) -> Image.Image:
+    """Give a frame as players show it: a phone held upright writes its frames lying, and a matrix that turns them.
+
+    Quarter turns alone are made, the only ones that cameras write; `rotation` counts them against the clock.
+    """
+    from PIL import Image
+
+    picture = frame.to_image()
+    turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+    turn = turns.get(round(frame.rotation) % 360)
+    return picture if turn is None else picture.transpose(turn)
