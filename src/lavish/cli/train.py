@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lavish.cli import options
-from lavish.cli.terminal import console, human_seconds, progress_bar, say
+from lavish.cli.terminal import console, human_bytes, human_count, human_seconds, progress_bar, say
 from lavish.common.schema import field_help
 from lavish.runners.schema import RunConfig
 
 if TYPE_CHECKING:
+    from lavish.runners.dry_run import Plan
     from lavish.runners.recipe import Cost
     from lavish.runners.runner_base import Progress, RunnerBase
 
@@ -33,6 +34,10 @@ def command(
     force: Annotated[
         bool, typer.Option("--force", help="Go on in a folder that was begun with other settings.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Build and probe, say what learns, memory, steps and time, and write nothing."),
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Check the recipe, say what would run, and stop.")] = False,
 ) -> int | None:
     """Train as a recipe says. Interrupted or killed, the same command goes on from the newest checkpoint."""
@@ -45,6 +50,12 @@ def command(
     config = recipes.open_recipe(path, changes)
     if check:
         _show_plan(recipes.check(config, only=only))
+        return None
+    if dry_run:
+        from lavish.runners.dry_run import plan
+
+        for name, one in recipes.check(config, only=only):
+            _show_dry_run(plan(one, name))
         return None
     from transformers.utils.logging import disable_progress_bar
 
@@ -116,7 +127,8 @@ class Screen:
             done = step - first_step
             speed = f"{(runner.num_samples - first_samples) / elapsed:.1f} images/s" if done else ""
             left = human_seconds((num_steps - step) * elapsed / done) if done else "?"
-            self._show(task, stage, step, num_steps, f"loss {mean_loss:.3f}", speed, left)
+            shown = f"loss {mean_loss:.3f}, lr {runner.lr:.1e}, {human_bytes(runner.memory_bytes)}"
+            self._show(task, stage, step, num_steps, shown, speed, left)
 
         return after_step
 
@@ -142,6 +154,35 @@ def _show_plan(stages: list[tuple[str, Any]]) -> None:
         state = "finished" if read_cost(folder) else "begun" if any(folder.glob("checkpoint_*")) else "to do"
         console().print(f"{name}: {state}, in {folder}", markup=False, soft_wrap=True)
     console().print("The recipe is right.")
+
+
+def _show_dry_run(plan: Plan) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    titles = ("learns", "frozen", "weights", "gradients", "optimizer")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column(plan.name)
+    for title in titles:
+        table.add_column(title, justify="right")
+    kinds = ("trained", "frozen", "weight_bytes", "gradient_bytes", "optimizer_bytes")
+    rows = [(name, [getattr(part, kind) for kind in kinds]) for name, part in plan.parts.items()]
+    rows.append(("all", [plan.total(kind) for kind in kinds]))
+    for name, (trained, frozen, *sizes) in rows:
+        table.add_row(name, human_count(trained), human_count(frozen), *(human_bytes(size) for size in sizes))
+    shown = console()
+    shown.print(table)
+    memory = f"{human_bytes(plan.memory_bytes)}, of it {human_bytes(plan.activation_bytes)} activations"
+    measured = "" if plan.peak_bytes is None else f"; the probe took {human_bytes(plan.peak_bytes)} without optimizer"
+    shown.print(f"memory of one process: about {memory}{measured}", markup=False, soft_wrap=True)
+    shown.print(f"fits on: {', '.join(plan.fits) or 'none of the common GPUs'}", markup=False, soft_wrap=True)
+    seconds = plan.num_steps * plan.step_seconds
+    shown.print(
+        f"{plan.num_steps:,} steps, {plan.num_samples:,} samples; a step takes {human_seconds(plan.step_seconds)} on "
+        f"{plan.device}, the run {human_seconds(seconds)}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _show_costs(costs: dict[str, Cost]) -> None:

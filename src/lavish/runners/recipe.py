@@ -45,6 +45,8 @@ from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
 from lavish.common.registry import registry
 from lavish.inference.load import POCKET, load
 from lavish.models.base_model import BaseModel
+from lavish.runners.parts import parts_of
+from lavish.runners.report import write_report
 from lavish.runners.runner_base import Progress, RunnerBase
 from lavish.runners.schema import RunConfig, lavis_run_config
 from lavish.tasks.base_task import BaseTask
@@ -272,6 +274,8 @@ def _run_stage(name: str, config: DictConfig | Config, report: Report | None, fo
             task.finish(runner.model, folder)
             if isinstance(runner.model, BaseModel):
                 runner.model.save_trained(folder)
+            yaml = OmegaConf.to_yaml(merged, resolve=True)
+            write_report(runner.folder, parts_of(runner.model, run.optimizer), asdict(cost), yaml)
             configs.write_json(asdict(cost), folder / DONE_FILE)
         dist.wait_for_all()
     if report and dist.is_main():

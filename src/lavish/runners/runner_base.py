@@ -15,6 +15,7 @@ and may have any sign, and all of it runs without CUDA.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -109,11 +110,18 @@ class RunnerBase:
         """The module as it is called: the model itself, or the engine's wrapper of it."""
         self.optimizer = build_optimizer(self.model, run)
         self.average = WeightAverage(self.model, run.ema_decay) if run.ema_decay else None
-        self.step = 0
+        self.step, self.lr = 0, 0.0
         self.seconds = 0.0
         """Wall time up to the newest checkpoint, over all processes of the run."""
         self.cpu_seconds = 0.0
         """CPU time of the training processes up to the newest checkpoint; loader processes are not in it."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most memory so far: of the GPU, else of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return peak_resident_bytes()
 
     # -- how many, and which samples
 
@@ -233,7 +241,7 @@ class RunnerBase:
         self.model.train()
         started, cpu_started = time.perf_counter(), time.process_time()
         while self.step < self.num_steps:
-            lr = set_rates(self.step)
+            self.lr = lr = set_rates(self.step)
             losses = self._train_step(step_module, batches)
             self.step += 1
             for name, value in losses.items():
@@ -545,6 +553,16 @@ class RunnerBase:
             state["average"] = self.average.state(self.engine)
         self.folder.save(self.step, lambda folder: self.engine.save(folder, self.model, self.optimizer), state)
         dist.wait_for_all()
+
+
+def peak_resident_bytes() -> int:
+    """Give the most memory that this process has had so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def by_name(datasets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
