@@ -83,6 +83,12 @@ def test_padding_and_masks_go_by_length():
     assert video().get_attention_mask(frames).tolist() == [[1, 1], [1, 0]]
 
 
+def test_masks_of_padded_batches_as_the_tutorial_asks_for_them():
+    rows, frames = [torch.tensor([5, 6, 7]), torch.tensor([4])], [torch.zeros(2, 3), torch.zeros(1, 3)]
+    assert dialogue().get_attention_mask(dialogue().padding(rows)).tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert video().get_attention_mask(video().padding(frames)).tolist() == [[1, 1], [1, 0]]
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [

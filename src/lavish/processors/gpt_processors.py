@@ -183,9 +183,12 @@ class GPTVideoFeatureProcessor(DialogueProcessor):
         """Stack videos of different lengths, padded behind with `padding_value` (None: 1.0, as LAVIS)."""
         return _pad(seq, VIDEO_PADDING if padding_value is None else padding_value)
 
-    def get_attention_mask(self, seq: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Give 1 on the frames and 0 on the padding, by the lengths of the videos: a frame of ones is a frame."""
-        return _lengths_mask(seq)
+    def get_attention_mask(self, seq: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        """Give 1 on the frames and 0 on the padding, by the lengths of the videos: a frame of ones is a frame.
+
+        Of a batch that is padded already, as LAVIS's tutorial asks, only the values can tell: there it is padding.
+        """
+        return (seq != VIDEO_PADDING).any(dim=2).long() if isinstance(seq, torch.Tensor) else _lengths_mask(seq)
 
 
 class GPTDialogueTextProcessor(DialogueProcessor):
@@ -245,9 +248,9 @@ class GPTDialogueTextProcessor(DialogueProcessor):
         """
         return _pad(seq, self.special_ids["<pad>"] if padding_value is None else padding_value)
 
-    def get_attention_mask(self, seq: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Give 1 on the ids and 0 on the padding, by the lengths of the rows."""
-        return _lengths_mask(seq)
+    def get_attention_mask(self, seq: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        """Give 1 on the ids and 0 on the padding, by the lengths of the rows; of a padded batch where <pad> stands."""
+        return (seq != self.special_ids["<pad>"]).long() if isinstance(seq, torch.Tensor) else _lengths_mask(seq)
 
 
 def _names(name: str, values: Any) -> tuple[str, ...]:
