@@ -1,6 +1,7 @@
 """DeepSpeed's shards of every family's network load as the network itself does."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from zero_files import write_zero
 
 import lavish
 from lavish.common.errors import CheckpointError, ConfigError, MissingKeys
+from lavish.inference.convert import convert
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 MINIGPT4 = {"llm": FIXTURES / "qwen/llm", "config": {"vision_config": {"num_attention_heads": 4}}}
@@ -119,6 +121,54 @@ def test_a_dialogue_network(tmp_path: Path) -> None:
     run = shards(tmp_path / "saved", loaded.model, stage=3)
     for path in (run, run / "global_step2"):
         again = lavish.load(path, device="cpu")
+        for name, value in loaded.model.state_dict().items():
+            assert torch.equal(again.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(("family", "stage"), [("cogvlm", 3), ("minigpt4_qwen", 2), ("clip_qwen", 1)])
+def test_they_convert(tmp_path: Path, family: str, stage: int) -> None:
+    """To a Hugging Face folder, in the precision of the optimizer or another, config and tokenizer beside it."""
+    loaded = tiny(family)
+    run = tmp_path / "run"
+    loaded.model.config.save_pretrained(run)
+    loaded.processor.save_pretrained(run)
+    shards(run, loaded.model, stage=stage)
+    report = convert(run, tmp_path / "hf", verify=True)
+    assert (report.layout, report.family) == ("deepspeed", family)
+    again = lavish.load(tmp_path / "hf", device="cpu")
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+    convert(run / "global_step2", tmp_path / "half", dtype="bf16")
+    half = lavish.load(tmp_path / "half", device="cpu")
+    assert torch.equal(half.model.lm_head.weight, loaded.model.lm_head.weight.bfloat16())
+    if family == "minigpt4_qwen":  # what was trained with DeepSpeed goes to the release's own programs again
+        convert(run, tmp_path / "pieces", "lavis", verify=True)
+
+
+def test_they_convert_with_a_config_given(tmp_path: Path) -> None:
+    loaded = tiny("cogvlm")
+    run = shards(tmp_path / "run", loaded.model, stage=3, prefix="module.")
+    with pytest.raises(ConfigError, match="hold no config"):
+        convert(run, tmp_path / "hf")
+    release = FIXTURES / "cogvlm2/open/checkpoint"
+    convert(run, tmp_path / "hf", config=release / "config.json", tokenizer=release, verify=True)
+    again = lavish.load(tmp_path / "hf", device="cpu")
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_blip_s_shards_convert(tmp_path: Path) -> None:
+    folder = FIXTURES / "blip_caption/open/checkpoint"
+    loaded = lavish.load(folder, config={"vision_config": BLIP, **_med(folder)}, device="cpu")
+    run = shards(tmp_path / "run", loaded.model, stage=2, prefix="network.")
+    options: dict[str, Any] = {"config": {"vision_config": BLIP, **_med(folder)}}
+    shutil.copytree(folder / "bert-base-uncased", run / "bert-base-uncased")
+    for to in ("hf", "lavis"):
+        if to == "lavis":
+            convert(tmp_path / "hf", tmp_path / to, to)
+        else:
+            convert(run, tmp_path / to, to, verify=True, **options)
+        again = lavish.load(tmp_path / to, device="cpu")
         for name, value in loaded.model.state_dict().items():
             assert torch.equal(again.model.state_dict()[name], value), name
 

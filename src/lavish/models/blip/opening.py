@@ -87,7 +87,7 @@ def open_network(path: str | Path, wanted: Wanted) -> tuple[Any, BlipProcessor]:
         tensors = _read_file(path)
         architecture = wanted.architecture or architecture_of(tensors, str(path))
         _check_kind(tensors, architecture)
-        tokenizer = _tokenizer(tensors.path.parent, wanted.tokenizer)
+        tokenizer = _tokenizer(_folder_of(tensors), wanted.tokenizer)
         config = _config_of_file(tensors, architecture, _ids(tokenizer), wanted)
         processor = BlipProcessor.from_config(config, tokenizer, **{**wanted.base_texts, **wanted.given_texts})
     return _load(tensors, config, architecture, wanted), processor
@@ -138,7 +138,7 @@ def outline(path: Path | None, architecture: str, wanted: Wanted) -> tuple[Any, 
         config = read_config(read_object(folder / CONFIG), str(folder / CONFIG), **wanted.given)
     else:
         tensors = _read_file(path)
-        folder = find_tokenizer(tensors.path.parent)
+        folder = find_tokenizer(_folder_of(tensors))
         ids = BERT_IDS if folder is None else _ids(load_tokenizer(folder))
         config = _config_of_file(tensors, architecture, ids, wanted)
     if tensors is None:
@@ -155,6 +155,11 @@ def new_network(architecture: str, wanted: Wanted) -> tuple[Any, BlipProcessor]:
     config = lavis_config(fields, _ids(tokenizer), architecture, "config")
     processor = BlipProcessor.from_config(config, tokenizer, **{**wanted.base_texts, **wanted.given_texts})
     return NETWORKS[architecture](config).to(device=wanted.device, dtype=wanted.dtype), processor
+
+
+def _folder_of(tensors: TensorMap) -> Path:
+    """Give the folder that a file lies in, or that shards are."""
+    return tensors.path if tensors.path.is_dir() else tensors.path.parent
 
 
 def _is_transformers(path: Path) -> bool:
@@ -191,7 +196,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _config_of_file(tensors: TensorMap, architecture: str, ids: SpecialIds, wanted: Wanted) -> BlipConfig:
-    beside = _beside(tensors.path.parent)
+    beside = _beside(_folder_of(tensors))
     given = layered(beside, check_fields(wanted.given, "config"))
     sizes = stored_sizes(tensors, rules_for(architecture, tensors)) if given else {}
     where = str(tensors.path)
