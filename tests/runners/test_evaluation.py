@@ -503,3 +503,52 @@ def test_a_recipe_of_blip_with_another_model(tmp_path: Path, caplog: pytest.LogC
     evaluation.evaluate(Config(sets.EVAL / "vqav2_eval.yaml", [f"model.path={POCKET}", *more]))
     assert "model.arch 'blip_vqa' of the recipe is not" in caplog.text
     assert json.loads((tmp_path / "metrics.json").read_text())["record"]["asked"]["vqa"]["chat_template"] == "vqa"
+
+
+def test_retrieval(tmp_path: Path) -> None:
+    options = sets.tiny("blip_feature_extractor", tmp_path, *sets.sized("coco_retrieval", "run.k_test=3"))
+    result = evaluation.evaluate(Config(sets.EVAL / "ret_coco_eval.yaml", options)).splits[0]
+    found = json.loads((tmp_path / "metrics.json").read_text())["splits"]["coco_retrieval/test"]
+    assert found["num_samples"] == 7
+    assert set(found["metrics"]) == {
+        *(f"{kind}_r{depth}" for kind in ("txt", "img") for depth in (1, 5, 10)),
+        *("txt_r_mean", "img_r_mean", "r_mean"),
+    }
+    assert found["metrics"]["txt_r10"]["num_samples"] == 7
+    assert found["metrics"]["img_r10"]["num_samples"] == 12  # captions
+    assert found["agg_metrics"] == pytest.approx(found["metrics"]["txt_r_mean"]["value"])
+    again = tmp_path / "again"
+    evaluation.evaluate(Config(sets.EVAL / "ret_coco_eval.yaml", [*options, f"run.output_dir={again}"]))
+    assert len(compare_runs(tmp_path, again)) == 6
+    assert result.metrics is not None
+
+
+def test_dialogues(tmp_path: Path, cache: Path) -> None:
+    fixture = sets.FIXTURES / "gpt_dialogue" / "open"
+    sets.write(
+        cache / "avsd" / "annotations" / "test.json", json.loads((fixture / "inputs/annotations.json").read_text())
+    )
+    checkpoint = fixture / "checkpoint"
+    options = [
+        f"model.finetuned={checkpoint / 'checkpoint_best.pth'}",
+        f"model.tokenizer={checkpoint / 'gpt2'}",
+        *(f"datasets.avsd_dialogue.{kind}_processor.eval.tokenizer={checkpoint / 'gpt2'}" for kind in ("vis", "text")),
+        f"datasets.avsd_dialogue.build_info.features.storage={fixture / 'inputs' / 'features'}",
+        "run.max_len=4",
+        "run.min_len=1",
+        "run.num_beams=2",
+        "run.device=cpu",
+    ]
+    recipe = sets.ROOT / "projects" / "gpt_dialogue" / "eval" / "dialogue_avsd_eval.yaml"
+    found = {}
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        evaluation.evaluate(Config(recipe, [*options, f"run.batch_size_eval={size}", f"run.output_dir={folder}"]))
+        found[size] = json.loads((folder / "metrics.json").read_text())["splits"]["avsd_dialogue/test"]
+    assert found[1]["higher_is_better"] is False
+    assert set(found[1]["metrics"]) >= {"loss", "perplexity", "Bleu_1", "CIDEr"}
+    for name, entry in found[1]["metrics"].items():
+        assert found[2]["metrics"][name]["value"] == pytest.approx(entry["value"], rel=1e-5), name
+    (row, *_) = rows(tmp_path / "1")
+    assert row["score"] == pytest.approx(row["result"]["loss"])
+    assert isinstance(row["result"]["answer"], str)

@@ -45,6 +45,7 @@ from lavish.common.config import Config, write_json
 from lavish.common.errors import ConfigError, DataError
 from lavish.common.registry import registry
 from lavish.datasets.builders.base_dataset_builder import SPLITS
+from lavish.datasets.datasets.base_dataset import BaseDataset
 from lavish.inference.load import load
 from lavish.inference.sample_model import SampleModel
 from lavish.processors.base_processor import BaseProcessor
@@ -97,6 +98,7 @@ class SplitResult:
 
     dataset: str
     split: str
+    num_samples: int
     rows: list[Row]
     metrics: dict[str, float] | None
     """None where the split has no ground truth."""
@@ -400,7 +402,7 @@ class Job:
             by_split.setdefault(f"{row['dataset']}/{row['split']}", []).append(row)
         for name, split, dataset in self.datasets:
             found = sorted(by_split.get(f"{name}/{split}", []), key=_place)
-            result = self._score(SplitResult(name, split, found, None), dataset)
+            result = self._score(SplitResult(name, split, len(dataset), found, None), dataset)
             if dist.is_main():
                 evaluation.splits.append(result)
         dist.on_main(lambda: self._write(evaluation, started))
@@ -501,10 +503,13 @@ class Job:
         dataset = next(data for name, split, data in self.datasets if (name, split) == (result.dataset, result.split))
 
         def open_picture(row: Row) -> Any:
-            if not hasattr(dataset, "set_processors") or "index" not in row:
+            if not isinstance(dataset, BaseDataset) or "index" not in row:
                 return None
-            dataset.set_processors(BaseProcessor(), BaseProcessor())
-            return dataset[row["index"]].get("image")
+            name = dataset.annotation[row["index"]].get("image")
+            if not isinstance(name, str):  # sets of features, videos, several pictures a sample
+                return None
+            dataset.set_processors(None, None)
+            return dataset.picture(name)
 
         return open_picture
 
@@ -531,7 +536,7 @@ def as_lists(samples: Sequence[Any]) -> dict[str, list[Any]]:
 def summary_of(result: SplitResult, task: BaseTask) -> dict[str, Any]:
     """Give what metrics.json says of a split."""
     summary: dict[str, Any] = {
-        "num_samples": sum(len(keys_of(row)) for row in result.rows),
+        "num_samples": result.num_samples,
         "higher_is_better": task.higher_is_better,
     }
     if result.metrics is not None and (result.scores or not isinstance(task, ScoredTask)):
