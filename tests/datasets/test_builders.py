@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import importlib
 import json
 import logging
 import threading
@@ -51,6 +52,30 @@ TRAINED_ONLY = {
     *("vg_caption", "vg_vqa", "sbu_caption", "conceptual_caption_3m", "conceptual_caption_12m", "laion2B_multi"),
     *INSTRUCTIONS,
 }
+
+
+CLASSES = {
+    "aok_vqa_datasets": ("AOKVQADataset", "AOKVQAEvalDataset"),
+    "avsd_dialogue_datasets": ("AVSDDialDataset", "AVSDDialEvalDataset"),
+    "base_dataset": ("BaseDataset", "ConcatDataset"),
+    "caption_datasets": ("CaptionDataset", "CaptionEvalDataset"),
+    "coco_caption_datasets": ("COCOCapDataset", "COCOCapEvalDataset", "NoCapsEvalDataset"),
+    "coco_vqa_datasets": ("COCOVQADataset", "COCOVQAEvalDataset"),
+    "dialogue_datasets": ("DialogueDataset", "DialogueEvalDataset"),
+    "gqa_datasets": ("GQADataset", "GQAEvalDataset"),
+    "image_text_pair_datasets": ("ImageTextPairDataset",),
+    "imagefolder_dataset": ("ImageFolderDataset",),
+    "laion_dataset": ("LaionDataset",),
+    "multimodal_classification_datasets": ("MultimodalClassificationDataset",),
+    "nlvr_datasets": ("NLVRDataset", "NLVREvalDataset"),
+    "retrieval_datasets": ("RetrievalDataset", "RetrievalEvalDataset", "VideoRetrievalDataset"),
+    "snli_ve_datasets": ("SNLIVisualEntialmentDataset",),
+    "vg_vqa_datasets": ("VGVQADataset",),
+    "video_caption_datasets": ("VideoCaptionDataset", "VideoCaptionEvalDataset"),
+    "video_vqa_datasets": ("VideoQADataset",),
+    "vqa_datasets": ("VQADataset", "VQAEvalDataset"),
+}
+"""Where a LAVIS project imports the classes that it subclasses, by module."""
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -106,6 +131,13 @@ def test_the_names_of_the_zoo() -> None:
     assert len(dataset_zoo) == len(list(dataset_zoo))
     with pytest.raises(KeyError):
         dataset_zoo["coco"]
+
+
+@pytest.mark.parametrize("module", CLASSES)
+def test_classes_stand_where_lavis_has_them(module: str) -> None:
+    found = importlib.import_module(f"lavish.datasets.datasets.{module}")
+    for name in CLASSES[module]:
+        assert isinstance(getattr(found, name), type)
 
 
 @pytest.mark.parametrize("name", sorted(CLASSIC | INSTRUCTIONS))

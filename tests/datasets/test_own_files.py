@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import operator
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def test_conversations(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(batch) == {"messages", "id", "instance_id"}
     assert batch["messages"][1][1]["content"] == "C"
     assert batch["messages"][0][0]["content"][0]["image"] == str(tmp_path / "pix" / "a.png")
+
+
+def test_a_dataset_goes_to_worker_processes(cache: Path, tmp_path: Path) -> None:
+    picture(tmp_path)
+    dataset = ConversationDataset(ann_paths=[write(tmp_path / "rows.json", rows("A", "B"))])
+    again = pickle.loads(pickle.dumps(dataset))
+    assert again[1] == dataset[1]
+    folder = tmp_path / "sft"
+    picture(folder / "images", "1.png")
+    write(folder / "labels" / "1.json", {"conversations": said()})
+    again = pickle.loads(pickle.dumps(ConversationDataset(ann_paths=[folder])))
+    assert again[0]["id"] == "labels/1"
 
 
 def test_a_batch_becomes_tensors(cache: Path, tmp_path: Path) -> None:

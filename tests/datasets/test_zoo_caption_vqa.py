@@ -12,7 +12,8 @@ from lavish.common.errors import DataError
 from lavish.common.registry import registry
 from lavish.datasets.builders import dataset_zoo, load_dataset
 from lavish.datasets.datasets.base_dataset import ConcatDataset
-from lavish.datasets.datasets.vqa_datasets import VGVQADataset, VQAEvalDataset
+from lavish.datasets.datasets.vg_vqa_datasets import VGVQADataset
+from lavish.datasets.datasets.vqa_datasets import VQAEvalDataset
 from lavish.models import load_model
 
 PROCESSORS = {

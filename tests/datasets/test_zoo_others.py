@@ -15,13 +15,11 @@ from PIL import Image
 from lavish.common.config import Config
 from lavish.common.errors import ConfigError, DataError
 from lavish.common.registry import registry
+from lavish.datasets.datasets.imagefolder_dataset import ImageFolderDataset
 from lavish.datasets.datasets.instruction_datasets import InstructionDataset
 from lavish.datasets.datasets.laion_dataset import LaionDataset
-from lavish.datasets.datasets.multimodal_classification_datasets import (
-    ImageFolderDataset,
-    MultimodalClassificationDataset,
-    NLVRDataset,
-)
+from lavish.datasets.datasets.multimodal_classification_datasets import MultimodalClassificationDataset
+from lavish.datasets.datasets.nlvr_datasets import NLVRDataset
 from lavish.datasets.datasets.retrieval_datasets import RetrievalEvalDataset
 from lavish.datasets.datasets.tar_shards import expand, read_shard
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lavish.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavish.datasets.builders.video_frames import VideoFrames
-from lavish.datasets.datasets.caption_datasets import COCOCapDataset, COCOCapEvalDataset, NoCapsEvalDataset
+from lavish.datasets.datasets.coco_caption_datasets import COCOCapDataset, COCOCapEvalDataset, NoCapsEvalDataset
 from lavish.datasets.datasets.video_caption_datasets import VideoCaptionDataset, VideoCaptionEvalDataset
 
 

@@ -8,31 +8,34 @@ from typing import Any
 from lavish.common.errors import ConfigError, DataError, shown
 from lavish.datasets.builders.base_dataset_builder import MAX_BROKEN, BaseDatasetBuilder
 from lavish.datasets.builders.video_frames import VideoFrames
-from lavish.datasets.datasets import multimodal_classification_datasets as datasets
 from lavish.datasets.datasets.annotations import read_json
+from lavish.datasets.datasets.imagefolder_dataset import ImageFolderDataset
+from lavish.datasets.datasets.nlvr_datasets import NLVRDataset, NLVREvalDataset
+from lavish.datasets.datasets.snli_ve_datasets import SNLIVisualEntailmentDataset
+from lavish.datasets.datasets.video_vqa_datasets import VideoQADataset
 
 
 class SNLIVisualEntailmentBuilder(BaseDatasetBuilder):
     """`snli_ve`."""
 
-    train_dataset_cls = datasets.SNLIVisualEntailmentDataset
-    eval_dataset_cls = datasets.SNLIVisualEntailmentDataset
+    train_dataset_cls = SNLIVisualEntailmentDataset
+    eval_dataset_cls = SNLIVisualEntailmentDataset
     DATASET_CONFIG_DICT = {"default": "configs/datasets/snli_ve/defaults.yaml"}
 
 
 class NLVRBuilder(BaseDatasetBuilder):
     """`nlvr`."""
 
-    train_dataset_cls = datasets.NLVRDataset
-    eval_dataset_cls = datasets.NLVREvalDataset
+    train_dataset_cls = NLVRDataset
+    eval_dataset_cls = NLVREvalDataset
     DATASET_CONFIG_DICT = {"default": "configs/datasets/nlvr/defaults.yaml"}
 
 
 class VideoQABuilder(VideoFrames, BaseDatasetBuilder):
     """Questions about videos; the answers' numbers come from the annotation file `ans2label`."""
 
-    train_dataset_cls = datasets.VideoQADataset
-    eval_dataset_cls = datasets.VideoQADataset
+    train_dataset_cls = VideoQADataset
+    eval_dataset_cls = VideoQADataset
     BUILD_INFO_KEYS = (*VideoFrames.BUILD_INFO_KEYS, "instance_id_key")  # the latter is LAVIS's, which never reads it
 
     def check(self) -> None:
@@ -63,8 +66,8 @@ class MSVDQABuilder(VideoQABuilder):
 class ImageNetBuilder(BaseDatasetBuilder):
     """`imagenet`: folders `train` and `val` of folders, no annotation files; the splits are `build_info.splits`."""
 
-    train_dataset_cls = datasets.ImageFolderDataset
-    eval_dataset_cls = datasets.ImageFolderDataset
+    train_dataset_cls = ImageFolderDataset
+    eval_dataset_cls = ImageFolderDataset
     DATASET_CONFIG_DICT = {"default": "configs/datasets/imagenet/defaults.yaml"}
     BUILD_INFO_KEYS = ("splits", "classnames")
 
@@ -81,7 +84,7 @@ class ImageNetBuilder(BaseDatasetBuilder):
         if root is None:
             raise ConfigError("build_info.images.storage is missing: the folder that holds train and val.")
         mode = "train" if split == "train" else "eval"
-        dataset = datasets.ImageFolderDataset(
+        dataset = ImageFolderDataset(
             self.vis_processors[mode], self.text_processors[mode], root / split, classnames=self.classnames()
         )
         if mode == "train":

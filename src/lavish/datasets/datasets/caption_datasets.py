@@ -1,15 +1,12 @@
-"""Pictures with captions: COCO, nocaps, Flickr-like sets. Source: salesforce/LAVIS, caption_datasets.py and
-coco_caption_datasets.py of lavis/datasets/datasets.
-"""
+"""Pictures with captions. Source: salesforce/LAVIS, lavis/datasets/datasets/caption_datasets.py."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavish.common.errors import DataError, shown
+from lavish.common.errors import DataError
 from lavish.datasets.datasets.annotations import need
 from lavish.datasets.datasets.base_dataset import BaseDataset
 
@@ -52,29 +49,6 @@ class CaptionEvalDataset(BaseDataset):
     def image_id(self, record: dict[str, Any]) -> Any:
         """Give the id under which a caption is scored."""
         return need(record, "image_id")
-
-
-COCOCapDataset = CaptionDataset
-
-
-class COCOCapEvalDataset(CaptionEvalDataset):
-    """COCO: `image_id` is the number at the end of the file's name, as COCO's own annotations have it."""
-
-    def image_id(self, record: dict[str, Any]) -> int:
-        """Read the number off `val2014/COCO_val2014_000000184613.jpg`."""
-        # Trap: LAVIS strips the characters of ".jpg" from both ends instead of the suffix.
-        number = re.search(r"(\d+)$", Path(str(need(record, "image"))).stem)
-        if number is None:
-            raise DataError(f"image is {shown(record['image'])}; the name of a COCO picture ends with its number.")
-        return int(number[1])
-
-
-class NoCapsEvalDataset(CaptionEvalDataset):
-    """nocaps: `image_id` is the field `img_id`."""
-
-    def image_id(self, record: dict[str, Any]) -> Any:
-        """Give the id that the nocaps server knows."""
-        return need(record, "img_id")
 
 
 def number_images(dataset: BaseDataset) -> dict[Any, int]:

@@ -1,8 +1,4 @@
-"""Questions about pictures: VQAv2, OK-VQA, A-OKVQA, GQA and Visual Genome.
-
-Source: salesforce/LAVIS, vqa_datasets.py, coco_vqa_datasets.py, aok_vqa_datasets.py, gqa_datasets.py and
-vg_vqa_datasets.py of lavis/datasets/datasets.
-"""
+"""Questions about pictures. Source: salesforce/LAVIS, lavis/datasets/datasets/vqa_datasets.py."""
 
 from __future__ import annotations
 
@@ -94,50 +90,6 @@ class VQAEvalDataset(BaseDataset):
             "question_id": question_id(record),
             "instance_id": record["instance_id"],
         }
-
-
-COCOVQADataset, COCOVQAEvalDataset = VQADataset, VQAEvalDataset
-
-
-class AOKVQADataset(VQADataset):
-    """A-OKVQA: the direct answers."""
-
-    answer_field = "direct_answers"
-
-
-class AOKVQAEvalDataset(VQAEvalDataset):
-    """A-OKVQA: also `choices`, `correct_choice_idx` and `direct_answers`; None where the test split hides them."""
-
-    def sample(self, index: int) -> dict[str, Any]:
-        """Give one question with its choices."""
-        record = self.annotation[index]
-        return {
-            **super().sample(index),
-            "choices": record.get("choices"),
-            "correct_choice_idx": record.get("correct_choice_idx"),
-            "direct_answers": record.get("direct_answers"),
-        }
-
-
-class GQADataset(VQADataset):
-    """GQA: one answer a question."""
-
-
-class GQAEvalDataset(VQAEvalDataset):
-    """GQA: also `answer`, None where it is hidden."""
-
-    def sample(self, index: int) -> dict[str, Any]:
-        """Give one question with its answer."""
-        return {**super().sample(index), "answer": self.annotation[index].get("answer")}
-
-
-class VGVQADataset(VQADataset):
-    """Visual Genome: one answer a question, with the weight 0.2 that LAVIS gives it beside VQAv2's."""
-
-    def weighted(self, record: dict[str, Any]) -> tuple[list[str], list[float]]:
-        """Give the one answer."""
-        answers, _ = super().weighted(record)
-        return answers, [0.2] * len(answers)
 
 
 def image_name(record: dict[str, Any]) -> Any:
