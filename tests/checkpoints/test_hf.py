@@ -154,6 +154,7 @@ def test_a_file_larger_than_the_memory_can_be_mapped(tmp_path: Path) -> None:
         ({"a": entry(0, 8), "b": entry(12, 16)}, b"\0" * 16, "4 bytes before 'b' belong to no tensor"),
         ({"a": entry(0, 16, [2**40, 2**40])}, b"\0" * 16, "has shape"),
         ({"a": entry(0, 16, [2**62, 4, 0])}, b"\0" * 16, "has shape"),
+        ({"a": entry(0, 0, [2**62, 2**62, 0])}, b"", "cannot be"),
         ({"a": entry(0, 16, [-4, -1])}, b"\0" * 16, "cannot be"),
         ({"a": entry(0, 16, [True, 4])}, b"\0" * 16, "cannot be"),
         ({"a": entry(0, 16, [1] * 65 + [4])}, b"\0" * 16, "cannot be"),

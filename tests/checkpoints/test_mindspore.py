@@ -258,6 +258,7 @@ BROKEN = {
     "bytes too many": value("a", (3, 5), "Float32", bytes(64)),
     "negative size": value("a", (-1,), "Int8", b"\x01"),
     "size of 2**62": value("a", (1 << 62, 1 << 62), "Int8", b"\x01"),
+    "empty, with axes too long": value("a", (0, 1 << 62, 1 << 62), "Int8", b""),
     "65 dimensions": value("a", (1,) * 65, "Int8", b"\x01"),
     "a million packed dimensions": value("a", (1,) * 1_000_000, "Int8", b"\x01", packed=True),
     "twice": GOOD + value("b", (2,), "Int8", b"\x01\x02") + GOOD,

@@ -48,6 +48,7 @@ CRC_BYTES = 10
 MAP_PARTS = ("keys", "values", "status")
 """What a hash table's `maptensor` holds, in this order."""
 MAX_TAG_BYTES, MAX_TYPE_BYTES, MAX_TEXT_BYTES, MAX_DIMS = 2048, 32, 1 << 20, 64
+MAX_NUMEL = 1 << 60
 _CHUNK_BYTES = 1 << 22
 
 
@@ -282,6 +283,8 @@ def _stored(file: Path, entry: _Entry) -> Stored:
     dtype = entry.type if entry.is_map and entry.type in ITEM_BYTES else TYPES.get(entry.type)
     if dtype is None:
         raise CheckpointError(f"{file}: {entry.tag!r} is of the type {entry.type!r}; lavish reads {', '.join(TYPES)}.")
+    if math.prod(max(size, 1) for size in entry.dims) >= MAX_NUMEL:  # also of a tensor that is empty by another axis
+        raise CheckpointError(f"{file}: {entry.tag!r} is of a shape that cannot be, {entry.dims}; save it again.")
     item, found = ITEM_BYTES[dtype], sum(stop - start for start, stop in entry.spans)
     shape = () if entry.dims == (0,) and found == item and not entry.is_map else entry.dims  # old files: scalars as [0]
     if math.prod(shape) * item != found:

@@ -16,7 +16,8 @@ from typing import Any
 from lavish.checkpoints.tensor_map import ITEM_BYTES, TensorInfo
 from lavish.common.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit; the 1221 tensors of a CogVLM2 need 160 kB
+MAX_HEADER_BYTES = 6_000_000
+"""The 1221 tensors of a CogVLM2 need 160 kB; the library's own limit is 100 MB, which may become 2.5 GB of lists."""
 DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -157,7 +158,8 @@ def _entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise CheckpointError(f"{file}: {name!r} has the dtype {entry['dtype']!r}; lavish reads {', '.join(DTYPES)}.")
-    if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+    is_range = _naturals(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]
+    if not (_naturals(shape) and is_range and (offsets[0] < offsets[1] or _is_shape(shape))):
         raise CheckpointError(f"{file}: {name!r} has a shape or data_offsets that cannot be.")
     return DTYPES[entry["dtype"]], tuple(shape), offsets[0], offsets[1]
 
@@ -168,3 +170,8 @@ def _naturals(values: Any) -> bool:
         and len(values) <= 64
         and all(type(value) is int and 0 <= value < 2**63 for value in values)
     )
+
+
+def _is_shape(shape: list[int]) -> bool:
+    """Tell whether torch can make a tensor of a shape; one without elements may have other axes that are too long."""
+    return math.prod(max(size, 1) for size in shape) < 2**60
