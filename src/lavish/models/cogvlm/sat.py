@@ -106,40 +106,38 @@ def plan_target(fields: Mapping[str, Any], tensors: TensorMap, options: TargetOp
         MissingKeys, UnexpectedKeys, ShapeMismatch: the tensors are not those that the config asks for.
         CheckpointError: layers with different `inv_freq`.
     """
-    where = str(tensors.path)
-    num_ranks = options.model_parallel
+    where, num_ranks = str(tensors.path), options.model_parallel
     made_fields = sat_fields(fields, where, num_ranks)
     sizes = manifest.read_sizes(fields, where)
     _check_tensors(sizes, tensors)
     _check_divides(made_fields, num_ranks)
     tables = [name for name in tensors if matches((INV_FREQ,), name)]
     _check_tables(tensors, tables)
-    places = plan((name for name in tensors if name not in tables[1:]), TO_SAT)
-    files: list[TensorFile] = []
-    made: list[tuple[str, str]] = []
-    sources = {target: source for target, source in places.sources.items() if source not in tables}
-    for rank in range(num_ranks):
-        outputs = [
-            options.take(target, tensors, _share(target, tensors.info(source), rank, num_ranks), (source,))
-            for target, source in sources.items()
-        ]
-        if tables:
-            outputs.append(options.take(SHARED_INV_FREQ, tensors, tensors.info(tables[0]), (tables[0],)))
-        else:
-            outputs.append(_computed_inv_freq(sizes.head_dim, tensors, options))
-        files.append(
-            TensorFile(
-                f"{ITERATION}/{sat.RANK_FILE.format(rank)}", tuple(outputs), partial(TorchZipFormat, sat.WEIGHTS)
-            )
-        )
-    if not tables:
-        made.append((SHARED_INV_FREQ, f"1 / {ROPE_THETA:g}^(2j / {sizes.head_dim}); the source stores none"))
+    sources = plan((name for name in tensors if name not in tables), TO_SAT).sources
+    if tables:
+        table = options.take(SHARED_INV_FREQ, tensors, tensors.info(tables[0]), (tables[0],))
+    else:
+        table = _computed_inv_freq(sizes.head_dim, tensors, options)
+    formula = f"1 / {ROPE_THETA:g}^(2j / {sizes.head_dim}); the source stores none"
     return TargetPlan(
-        files=tuple(files),
+        files=tuple(_file(sources, table, tensors, options, rank) for rank in range(num_ranks)),
         texts={sat.CONFIG: json.dumps(made_fields, indent=4).encode() + b"\n", sat.LATEST: ITERATION.encode()},
         dropped=tuple((name, "equal to layer 0's; SAT keeps one inv_freq for all layers") for name in tables[1:]),
-        made=tuple(made),
+        made=() if tables else ((SHARED_INV_FREQ, formula),),
     )
+
+
+def _file(
+    sources: Mapping[str, str], table: Output, tensors: TensorMap, options: TargetOptions, rank: int
+) -> TensorFile:
+    """Say what a rank's file holds: its shares, and `inv_freq`."""
+    num_ranks = options.model_parallel
+    outputs = [
+        options.take(target, tensors, _share(target, tensors.info(source), rank, num_ranks), (source,))
+        for target, source in sources.items()
+    ]
+    name = f"{ITERATION}/{sat.RANK_FILE.format(rank)}"
+    return TensorFile(name, (*outputs, table), partial(TorchZipFormat, sat.WEIGHTS))
 
 
 def _share(target: str, info: Stored, rank: int, num_ranks: int) -> Stored:

@@ -106,19 +106,8 @@ def sat_fields(fields: Mapping[str, Any], where: str, model_parallel: int = 1) -
         raise ConfigError(
             f"{where}: rope_theta is {shown(theta)}, and SAT's CogVLM computes with {ROPE_THETA:g} always."
         )
-    vision = fields["vision_config"]
     eos = fields.get("eos_token_id", TOKEN_IDS["eos_token_id"])
     epsilon = fields.get("rms_norm_eps", LAYERNORM_EPSILON)
-    towers = {**sizes.vision, "in_channels": vision.get("in_channels", 3)}
-    size = sizes.vision["image_size"]
-    eva = {
-        "model_class": "EVA2CLIPModel",
-        **{name: towers[ours] for name, ours in VISION_SIZES.items()},
-        **VISION_FIXED,
-        "layernorm_epsilon": vision.get("layer_norm_eps", VISION_LAYERNORM_EPSILON),
-        "model_parallel_size": model_parallel,
-        "image_size": [size, size],
-    }
     return {
         "model_class": "CogVLMModel",
         "tokenizer_type": "vicuna-7b-v1.5",
@@ -127,11 +116,23 @@ def sat_fields(fields: Mapping[str, Any], where: str, model_parallel: int = 1) -
         **({} if epsilon == LAYERNORM_EPSILON else {"layernorm_epsilon": epsilon}),
         sat.PARALLEL: model_parallel,
         "image_length": sizes.num_patches,
-        "eva_args": eva,
+        "eva_args": _eva_args(sizes.vision, fields["vision_config"], model_parallel),
         "bos_token_id": fields.get("bos_token_id", TOKEN_IDS["bos_token_id"]),
         "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos,
         "pad_token_id": fields.get("pad_token_id", TOKEN_IDS["pad_token_id"]),
         "text_processor_version": _version(fields.get("template_version", "chat")),
+    }
+
+
+def _eva_args(sizes: Mapping[str, int], vision: Mapping[str, Any], model_parallel: int) -> dict[str, Any]:
+    """Give the tower's part of a model_config.json."""
+    return {
+        "model_class": "EVA2CLIPModel",
+        **{name: sizes[ours] for name, ours in VISION_SIZES.items()},
+        **VISION_FIXED,
+        "layernorm_epsilon": vision.get("layer_norm_eps", VISION_LAYERNORM_EPSILON),
+        sat.PARALLEL: model_parallel,
+        "image_size": [sizes["image_size"], sizes["image_size"]],
     }
 
 
