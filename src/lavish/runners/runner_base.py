@@ -34,6 +34,7 @@ from lavish.common.registry import registry
 from lavish.datasets.datasets.base_dataset import ConcatDataset
 from lavish.runners import pth
 from lavish.runners.average import WeightAverage
+from lavish.runners.board import Board
 from lavish.runners.engines import build_engine, checkpoint_activations
 from lavish.runners.optim import build_optimizer, build_schedule
 from lavish.runners.order import (
@@ -110,6 +111,7 @@ class RunnerBase:
         """The module as it is called: the model itself, or the engine's wrapper of it."""
         self.optimizer = build_optimizer(self.model, run)
         self.average = WeightAverage(self.model, run.ema_decay) if run.ema_decay else None
+        self.board: Board | None = None
         self.step, self.lr = 0, 0.0
         self.seconds = 0.0
         """Wall time up to the newest checkpoint, over all processes of the run."""
@@ -232,6 +234,7 @@ class RunnerBase:
         state = self._load()
         dist.wait_for_all()  # before the first of them writes
         sums = self._resume(state)
+        self.board = Board(self.folder.path, self.step) if dist.is_main() else None
         self.task.before_training(model=self.model, dataset=self.datasets)
         step_module = cast(nn.Module, torch.compile(self.called)) if self.run.compile else self.called
         batches = self._batches()
@@ -367,6 +370,8 @@ class RunnerBase:
             self._write_pth("best")
         if dist.is_main():
             self.folder.log_validation(line)
+            if self.board is not None:
+                self.board.write(self.step, metrics or {}, split)
         dist.wait_for_all()
 
     def _is_best(self, split: str, aggregate: float | None) -> bool:
@@ -438,6 +443,8 @@ class RunnerBase:
                     tensor.data.copy_(last[name])
             if dist.is_main():
                 self._write_lavis_log()
+        if self.board is not None:
+            self.board.close()
         if dist.is_main():
             self.folder.plot()
 
@@ -487,7 +494,10 @@ class RunnerBase:
     def _log(self, sums: dict[str, float], lr: float) -> None:
         num_steps = (self.step - 1) % self.run.log_freq + 1
         means = {name: value / num_steps for name, value in sums.items()}
-        self.folder.log({"step": self.step, "lr": lr, "lr_scale": lr / self.run.init_lr, **means})
+        line = {"step": self.step, "lr": lr, "lr_scale": lr / self.run.init_lr, **means}
+        self.folder.log(line)
+        if self.board is not None:
+            self.board.write(self.step, line)
 
     def _load(self) -> dict[str, Any] | None:
         """Take over the newest checkpoint of the folder, else the one that the recipe names; give its state."""
