@@ -123,7 +123,7 @@ def test_wrong_arguments() -> None:
         lmms_eval_model.Lavish(path="x", chat_templat="vqa")
     with pytest.raises(ConfigError, match=r"type 'video'"):
         messages_of([{"role": "user", "content": [{"type": "video", "url": "v"}]}])
-    with pytest.raises(ConfigError, match="max_new_token is not known. Did you mean 'max_new_tokens'"):
+    with pytest.raises(ConfigError, match=r"max_new_token is not known. Did you mean 'max_new_tokens'"):
         generation_of({"max_new_token": 3})
 
 

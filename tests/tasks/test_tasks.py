@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,11 +118,13 @@ found = task.after_evaluation([{"instance_id": str(i), "loss": x, "num_samples":
 answers = [[("a", "dog"), ("b", "cat")], [("b", "cat"), ("c", "dog")]][rank]
 vqa = GQATask({"inference_method": "generate"})
 scored = vqa.after_evaluation([{"question_id": i, "answer": x, "reference": "dog"} for i, x in answers], "val", 0)
+from test_tasks import Pairs, retrieve
+ranked = retrieve(range(3)[rank::2])
 try:
     dist.on_main(lambda: 1 / 0)
 except ZeroDivisionError:
     raised = True
-print(json.dumps([rank, found, scored, raised, dist.gather(rank)]) + "\\n", end="", flush=True)
+print(json.dumps([rank, found, scored, raised, dist.gather(rank), ranked]) + "\\n", end="", flush=True)
 """
 
 
@@ -131,13 +134,20 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    environment = os.environ | {"PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    places = (root / "src", root / "tests", root / "tests" / "tasks")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places)), "CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run(
-        [*command, str(tmp_path / "program.py")], env=environment, capture_output=True, text=True, timeout=120
+        [*command, str(tmp_path / "program.py"), str(Path(__file__).parent)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert found.returncode == 0, found.stderr
     rows = sorted(json.loads(line) for line in found.stdout.splitlines())
-    for rank, losses, scored, raised, gathered in rows:
+    alone = retrieve(range(3))
+    for rank, losses, scored, raised, gathered, ranked in rows:
+        assert ranked == pytest.approx(alone)
         assert losses["agg_metrics"] == pytest.approx(3.0)
         assert scored["acc"] == pytest.approx(100 * 2 / 3)
         assert raised
@@ -306,6 +316,18 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.pixels[index], "index": index}
+
+
+def retrieve(mine: Sequence[int]) -> dict[str, Any] | None:
+    """Rank anew by the matching head; this process has these pictures."""
+    model, data = blip(BlipFeatureExtractor, "blip_feature_extractor"), Pairs()
+    if model.network.itm_head is None:
+        torch.manual_seed(4)
+        model.network.itm_head = torch.nn.Linear(model.network.config.text_config.hidden_size, 2)
+    task = RetrievalTask({"k_test": 2})
+    task.before_evaluation(model=model, dataset=data)
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data, list(mine)), batch_size=2)
+    return task.after_evaluation(val_result=task.evaluation(model, loader), split_name="test")
 
 
 def test_retrieval_by_features() -> None:
