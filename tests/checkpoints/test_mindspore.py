@@ -392,6 +392,12 @@ def test_a_missing_rank_is_named(cards: Path) -> None:
         mindspore.read(cards)
 
 
+def test_one_rank_of_several_is_a_part(cards: Path) -> None:
+    for path in (cards / "rank_1", cards / "rank_1" / "checkpoint_1.ckpt"):
+        with pytest.raises(UnknownLayout, match=r"one of the 2 ranks of a run, which hold parts; give their folder"):
+            mindspore.read(path)
+
+
 def test_two_checkpoints_of_a_rank_are_not_chosen_among(cards: Path) -> None:
     shutil.copy(cards / "rank_0" / "checkpoint_0.ckpt", cards / "rank_0" / "earlier.ckpt")
     with pytest.raises(UnknownLayout, match="holds 2 checkpoints"):

@@ -82,6 +82,11 @@ def read_contents(path: Path, *, verify: bool = True) -> Contents:
     """
     if path.is_dir() and (ranks := rank_folders(path)):
         return _read_ranks(path, ranks, verify=verify)
+    folder = (path if path.is_dir() else path.parent).absolute()
+    if RANK.fullmatch(folder.name) and len(siblings := rank_folders(folder.parent)) > 1:
+        raise UnknownLayout(
+            f"{path}: one of the {len(siblings)} ranks of a run, which hold parts; give their folder, {folder.parent}."
+        )
     return mindspore_file.read_file(find_file(path), verify=verify)
 
 

@@ -92,6 +92,9 @@ def command(
     where they are read (phrase, boxes in thousandths, boxes_px); or error and error_type instead of the answer. A run
     that was stopped or killed goes on where it was when it is started again with the same options, which
     stand beside the output in FILE.run.json. The exit status is 1 if an input failed.
+
+    MindFormers' command line for CogVLM2 is taken too: --config YAML --predict-data IMAGE TEXT --modal-type image text
+    --load-checkpoint FILE; docs/mindformers.md says what its YAML means here.
     """
     many = _one_source(inputs, source)
     _check_model(model)
