@@ -136,3 +136,31 @@ def test_a_check_without_a_model_needs_no_torch(rows: Path) -> None:
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert answer.stdout.splitlines()[-1] == "False"
+
+
+def test_tokens_in_the_terminal(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["data", "show", str(rows), "-n", "2", "--start", "16", "--print", "--model", COGVLM2]
+    assert main(command) == 1
+    printed = capsys.readouterr().out
+    assert "rows.jsonl, row 16" in printed
+    assert "[picture: 11 slots]|" in printed
+    assert "<|end_of_text|>|" in printed
+    assert "'b.png' is missing" in printed
+
+
+def test_convert(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "train.jsonl"
+    assert main(["data", "convert", str(rows), str(out)]) == 2
+    assert "row 17: the picture or video 'b.png' is missing" in capsys.readouterr().err
+    assert not list(out.parent.glob("*")), "whole or not at all"
+    assert main(["data", "convert", str(rows), str(out), "--skip-bad"]) == 0
+    said = capsys.readouterr().err
+    assert "row 17" in said
+    assert "19 rows, 1 were left out." in said
+    assert main(["data", "check", str(out)]) == 0
+    assert "messages" in capsys.readouterr().out
+    assert main(["data", "convert", str(rows), str(out), "--skip-bad"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["data", "convert", str(rows), str(out), "--skip-bad", "--overwrite"]) == 0
+    assert main(["data", "convert", str(rows), str(tmp_path / "x.json")]) == 2
+    assert "call it x.jsonl" in capsys.readouterr().err

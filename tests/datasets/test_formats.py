@@ -1,5 +1,6 @@
 """The forms of data that people have: found out, read into messages, told by row where they are wrong."""
 
+import base64
 import io
 import json
 import pickle
@@ -15,6 +16,7 @@ from lavish.common.errors import ConfigError, DataError, MissingDependency
 from lavish.datasets.formats import tables
 from lavish.datasets.formats.checking import check_data
 from lavish.datasets.formats.opening import FORMATS, open_data
+from lavish.datasets.formats.writing import write_data
 
 Q, A = "What colour?", "Red."
 
@@ -650,3 +652,39 @@ def test_a_quick_check_leaves_pictures_closed(tmp_path: Path) -> None:
     assert check_data(source, quick=True).is_good
     report = check_data(source, max_problems=1)
     assert (report.num_bad, len(report.problems)) == (3, 1)
+
+
+def test_written_data_are_the_same(tmp_path: Path) -> None:
+    """Pictures as files keep their place, those inside the data become files; boxes stay."""
+    picture(tmp_path / "out", "a.png")
+    picture(tmp_path, "b.png")
+    url = f"data:image/png;base64,{base64.b64encode(jpeg()).decode()}"
+    rows = [
+        {"id": "x", "image": "out/a.png", "messages": said("<image>What?")},
+        {"image": str(tmp_path / "b.png"), "messages": said()},
+        {"image": url, "messages": said()},
+        {"messages": said("Hello")},
+    ]
+    source = open_data(write(tmp_path / "rows.json", rows))
+    out = tmp_path / "out" / "train.jsonl"
+    assert write_data(source, out) == (4, [])
+    again = samples(open_data(out))
+    assert [flat(sample) for sample in again] == [
+        ["user: [a.png] What?", f"assistant: {A}"],
+        [f"user: [b.png] {Q}", f"assistant: {A}"],
+        [f"user: [000003-1.png] {Q}", f"assistant: {A}"],
+        ["user: Hello", f"assistant: {A}"],
+    ]
+    assert again[0]["id"] == "x"
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert lines[0]["messages"][0]["content"][0]["image"] == "a.png", "below the new file's folder"
+    assert (tmp_path / "out/train_images/000003-1.png").read_bytes() == jpeg()
+    assert check_data(open_data(out)).is_good
+    source = open_data(write(tmp_path / "ref.json", [ROWS["RefCOCO"][1] | {"image": "b.png"}]))
+    write_data(source, tmp_path / "ref.jsonl")
+    assert json.loads((tmp_path / "ref.jsonl").read_text())["box"] == [0.1, 0.25, 0.6, 0.75]
+    bad = [{"image": f"data:image/png;base64,{content}", "messages": said()} for content in ("%%", "aGk=")]
+    source = open_data(write(tmp_path / "bad.json", bad))
+    count, told = write_data(source, tmp_path / "bad.jsonl", skip_bad=True)
+    assert count == 0
+    assert ["no base64" in told[0][1], "of no format" in told[1][1]] == [True, True]

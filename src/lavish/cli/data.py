@@ -14,6 +14,7 @@ from lavish.common.errors import ConfigError
 if TYPE_CHECKING:
     from lavish.datasets.formats.checking import Report
     from lavish.datasets.formats.opening import Source
+    from lavish.datasets.formats.page import Shown
 
 FOUND_PROBLEMS = 1
 SHOWN_PROBLEMS = 20
@@ -105,6 +106,9 @@ def show(
         typer.Option("--model", metavar="MODEL", help="Whose prompt and labels; default: the bundled model's."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page.")] = Path("data.html"),
+    in_terminal: Annotated[
+        bool, typer.Option("--print", help="Print the tokens here instead, learnt ones green.")
+    ] = False,
     format: Format = None,
     images: Images = None,
     prompt: Prompt = None,
@@ -127,15 +131,55 @@ def show(
     ]
     if not rows:
         raise ConfigError(f"--start {start}: {file} has no such row.")
+    status = FOUND_PROBLEMS if any(row.problem for row in rows) else 0
+    if in_terminal:
+        _print_rows(rows)
+        return status
     facts = [("data", str(file)), ("format", source.format), ("prompt of", model or "the bundled model")]
     if not source.is_stream:
         facts.append(("rows", f"{len(source):,}"))
     write_page(out.expanduser(), rows, title=f"Training data: {Path(file).name}", facts=facts)
     say(f"{out}: {len(rows)} rows; open it in a browser.")
-    return FOUND_PROBLEMS if any(row.problem for row in rows) else 0
+    return status
 
 
-subcommands = {"check": check, "show": show}
+def convert(
+    file: File,
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to write.")],
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave rows out that are wrong, and say which.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    format: Format = None,
+    images: Images = None,
+    prompt: Prompt = None,
+) -> int:
+    """Write data of any form as JSON lines of messages, the one form that every tool reads.
+
+    Pictures that are files stay where they are; those inside the data are written to a folder beside OUT. Without
+    --skip-bad the first wrong row ends it, and nothing is written.
+    """
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"{out}: the file to write is JSON lines; call it {out.with_suffix('.jsonl').name}.")
+    from lavish.datasets.formats.opening import open_data
+    from lavish.datasets.formats.writing import write_data
+
+    source = open_data(file, format, images=images, prompt=prompt, streaming=True)
+    bar = progress_bar()
+    options: dict[str, Any] = {"skip_bad": skip_bad, "overwrite": overwrite}
+    target = out.expanduser()
+    if bar is None:
+        count, bad = write_data(source, target, **options)
+    else:
+        with bar:
+            task = bar.add_task("convert", total=None if source.is_stream else len(source))
+            count, bad = write_data(source, target, **options, progress=lambda done: bar.update(task, completed=done))
+    for where, problem in bad[:SHOWN_PROBLEMS]:
+        say(f"{where}: {problem}", style="yellow")
+    left_out = f", {len(bad):,} were left out" if bad else ""
+    say(f"{out}: {count:,} rows{left_out}.")
+    return 0
+
+
+subcommands = {"check": check, "show": show, "convert": convert}
 
 
 def _processor(model: str | None, tokenizer: str | None, pieces: list[str] | None, config: str | None) -> Any:
@@ -148,6 +192,25 @@ def _processor(model: str | None, tokenizer: str | None, pieces: list[str] | Non
 
         apart = entry.tokenizer if tokenizer is None and entry is not None else tokenizer
         return load_processor(path, tokenizer=apart, config=config, pieces=read_pieces(pieces))
+
+
+def _print_rows(rows: list[Shown]) -> None:
+    """Print the tokens of rows: learnt green, masked dim, a picture's slots blue; a bar where one ends."""
+    from rich.text import Text
+
+    styles = {"learnt": "green", "given": "dim", "slots": "blue"}
+    shown = console()
+    for row in rows:
+        counts = f"{row.num_tokens:,} tokens, {row.count('learnt'):,} learnt, {row.count('slots'):,} slots of pictures"
+        shown.print(Text.assemble((plain(row.where), "bold"), f"  {counts}" if row.pieces else ""))
+        if row.problem is not None:
+            shown.print(Text(plain(row.problem), "red"), soft_wrap=True)
+        text = Text()
+        for piece in row.pieces:
+            words = f"[picture: {len(piece.ids):,} slots]" if piece.kind == "slots" else plain(piece.text)
+            text.append(words.replace("\n", "↵\n"), styles[piece.kind] + (" bold" if piece.is_special else ""))
+            text.append("|", "bright_black")
+        shown.print(text, soft_wrap=True)
 
 
 def _print_json(source: Source, report: Report) -> None:
