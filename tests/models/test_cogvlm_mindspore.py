@@ -490,11 +490,13 @@ def test_ids_positions_and_masks_are_those_of_mindformers(case: dict) -> None:
     assert types[0].nonzero().flatten().tolist() == case["image_context_pos"]
     slots = torch.where(types[0] == 1, torch.tensor(reserved), ids)  # MindFormers' id of a slot; neither is embedded
     assert slots.tolist() == case["input_ids"]
-    # The cases that are padded to 64 go on with text positions and the language expert: the padding is never a key.
-    assert position_ids_from(types)[0].tolist() == case["position_ids"][:length]
-    mask = vision_expert_mask(types)[0].long()
-    assert mask.tolist() == case["vision_token_mask"][:length]
-    assert (1 - mask).tolist() == case["language_token_mask"][:length]
+    # MindFormers pads the prompt and goes on with positions and the language expert; here padding is never a key.
+    padded = torch.nn.functional.pad(types, (0, (case["pad_length"] or length) - length))
+    assert position_ids_from(padded)[0].tolist() == case["position_ids"]
+    mask = vision_expert_mask(padded)[0].long()
+    assert mask.tolist() == case["vision_token_mask"]
+    assert (1 - mask).tolist() == case["language_token_mask"]
+    assert inputs["attention_mask"].all()
 
 
 # -- the faults of MindFormers, in the order of its sheet --------------------------------------------------------------
