@@ -193,3 +193,13 @@ def test_samples_of_another_task_are_told() -> None:
     model = registry.get_model_class("chat").from_config({**TINY["glm4v_9b"], "train": ["projector"]})
     with pytest.raises(DataError, match="no 'messages'; they have image"):
         model({"image": None})
+
+
+def test_conversations_of_like_length_share_a_batch(tmp_path: Path) -> None:
+    model = registry.get_model_class("chat").from_config({**TINY["glm4v_9b"], "train": ["projector"]})
+    text, picture = {"role": "user", "content": "abc"}, {"type": "image", "image": "x.png"}
+    spoken = {"role": "user", "content": [picture, {"type": "text", "text": "ab"}]}
+    assert model.sample_length({"messages": [text]}) == 3
+    assert model.sample_length({"messages": [spoken, text]}) > 1000
+    train(recipe(tmp_path, {**TINY["glm4v_9b"], "train": ["projector"]}, group_by_length=True, max_epoch=1))
+    assert len(losses(tmp_path)) == 2

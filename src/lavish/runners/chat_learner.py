@@ -50,6 +50,10 @@ PARTS: dict[str, str] = {
 """Part -> pattern of the names of its weights."""
 
 
+PICTURE_LENGTH = 4000
+"""Characters that a picture counts as."""
+
+
 @dataclass
 class LoraSettings:
     """The section `model.lora`."""
@@ -182,6 +186,16 @@ class ChatLearner(BaseModel):
         inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         with self._precision(device):
             return {"loss": self.network(**inputs).loss.float()}
+
+    def sample_length(self, sample: Mapping[str, Any]) -> int:
+        """Give a measure of a conversation's length: the characters of its texts, and a lot for each picture."""
+        length = 0
+        for message in sample["messages"]:
+            content = message["content"]
+            for part in [content] if isinstance(content, str) else content:
+                text = part if isinstance(part, str) else part.get("text")
+                length += len(text) if text is not None else PICTURE_LENGTH
+        return length
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """Compute in the frozen weights' dtype, where it is a half one."""

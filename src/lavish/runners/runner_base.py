@@ -204,10 +204,14 @@ class RunnerBase:
 
     def _lengths(self) -> list[int]:
         lengths: list[int] = []
+        measure = getattr(self.model, "sample_length", None)  # chat models have it
         for name, part in self.parts.items():
-            if not hasattr(part, "lengths"):  # only some data sets know lengths before they make a sample
+            if hasattr(part, "lengths"):  # only some data sets know lengths before they make a sample
+                lengths += list(cast(Any, part).lengths)
+            elif measure is not None:
+                lengths += [measure(part[index]) for index in range(len(part))]
+            else:
                 raise ConfigError(f"run.group_by_length: datasets.{name} does not tell the lengths of its samples.")
-            lengths += list(cast(Any, part).lengths)
         return lengths
 
     # -- the loop
