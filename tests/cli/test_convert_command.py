@@ -70,6 +70,20 @@ def test_values_that_are_clamped_are_said(tmp_path: Path, capsys: pytest.Capture
     assert "Clamped: 1 values of lm_head.weight" in capsys.readouterr().err
 
 
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*step: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ByteProgress, "advance", interrupt)
+        assert run(V2, tmp_path / "new") == 130
+    assert "The same command goes on from here." in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert run(V2, tmp_path / "new") == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

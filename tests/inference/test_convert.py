@@ -458,6 +458,30 @@ def test_what_is_damaged_on_its_way_to_the_disk_is_found(tmp_path: Path) -> None
         convert(V2, target, verify=True, progress=spoil)
 
 
+def test_a_source_that_changed_in_the_meantime_is_not_gone_on_with(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(V2, source)
+
+    def stop(phase: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "new", progress=stop)
+    os.utime(next(source.glob("*.safetensors")), (1, 1))
+    with pytest.raises(ConfigError, match=r"a file of the source has changed since.*or remove that folder"):
+        convert(source, tmp_path / "new")
+
+
+def test_a_small_file_that_leads_elsewhere_is_not_copied(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(V2, source)
+    (tmp_path / "secret.txt").write_text("secret")
+    (source / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(CheckpointError, match=r"notes.txt: is a link to .*secret.txt, outside of the folder"):
+        convert(source, tmp_path / "new")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"source", "secret.txt"}
+
+
 def test_kill_9_then_the_same_call_goes_on(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom lavish.checkpoints import output\nfrom lavish.inference.convert import convert\n"
@@ -477,6 +501,8 @@ def test_kill_9_then_the_same_call_goes_on(tmp_path: Path) -> None:
         lavish.load(partial_folder(tmp_path / "new"))
     with pytest.raises(ConfigError, match="begun with dtype=None and now has dtype='bfloat16'"):
         convert(V2, tmp_path / "new", max_shard_bytes=100_000, dtype="bf16")
+    with pytest.raises(ConfigError, match="begun with source="):
+        convert(V1, tmp_path / "new", max_shard_bytes=100_000)
     report = convert(V2, tmp_path / "new", max_shard_bytes=100_000, verify=True)
     assert report.resumed_bytes > 200_000
     assert_equal_weights(lavish.load(tmp_path / "new", device="cpu"), lavish.load(V2, device="cpu"))

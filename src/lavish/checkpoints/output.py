@@ -167,7 +167,16 @@ class TargetOptions:
                 kept.pop().forget(info)
 
             return Output(name, info.shape, to, mapped, sources, release)
-        return Output(name, info.shape, to, lambda: self.cast(name, tensors.assemble(info), to), sources)
+
+        def made() -> torch.Tensor:
+            if isinstance(info, TensorInfo) and to != info.dtype:  # cast from the file: no copy in between
+                held = tensors.open(info.file)
+                value = self.cast(name, held.tensor(info), to)
+                held.forget(info)
+                return value
+            return self.cast(name, tensors.assemble(info), to)
+
+        return Output(name, info.shape, to, made, sources)
 
 
 @dataclass(frozen=True)
@@ -319,7 +328,8 @@ def write_plan(
             except CheckpointError:  # of the source: the same command would stop here again
                 shutil.rmtree(partial)
                 raise
-            _publish(plan, partial, destination)
+            _add_small(plan, partial, destination)
+        _publish(plan, partial, destination)
     return resumed
 
 
@@ -498,13 +508,9 @@ def _write(handle: Any, chunk: bytes | memoryview) -> None:
         left = left[handle.write(left[:CHUNK_BYTES]) :]
 
 
-def _publish(plan: TargetPlan, partial: Path, destination: Path) -> None:
-    """Add the small files, and give it its name in one step."""
+def _add_small(plan: TargetPlan, partial: Path, destination: Path) -> None:
+    """Add the small files, which nothing loads without."""
     if is_file_target(destination):
-        check_destination(destination)
-        (partial / plan.files[0].name).replace(destination)
-        _sync_folder(destination.parent)
-        _remove(partial)
         return
     for name, source in plan.copies.items():
         _put(partial / name, source.read_bytes())
@@ -512,7 +518,16 @@ def _publish(plan: TargetPlan, partial: Path, destination: Path) -> None:
         _put(partial / name, content)
     for folder in {(partial / name).parent for name in [*plan.copies, *plan.texts, *(f.name for f in plan.files)]}:
         _sync_folder(folder)
+
+
+def _publish(plan: TargetPlan, partial: Path, destination: Path) -> None:
+    """Give it its name in one step. The journal is closed: Windows moves no folder of open files."""
     check_destination(destination)
+    if is_file_target(destination):
+        (partial / plan.files[0].name).replace(destination)
+        _sync_folder(destination.parent)
+        _remove(partial)
+        return
     partial.rename(destination)
     _sync_folder(destination.parent)
     (destination / JOURNAL).unlink(missing_ok=True)
@@ -617,6 +632,8 @@ def _difference(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     if not isinstance(before, dict):
         return "its journal cannot be read"
     for key in dict.fromkeys([*before, *identity]):
+        if before.get(key) != identity.get(key) and key == "files":
+            return "a file of the source has changed since it was begun"
         if before.get(key) != identity.get(key):
             return f"it was begun with {key}={before.get(key)!r:.200} and now has {key}={identity.get(key)!r:.200}"
     return "it was begun by another version of lavish, which wrote other tensors"

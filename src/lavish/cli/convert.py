@@ -84,30 +84,25 @@ def command(
         raise ConfigError("Where to? Give a destination: lavish convert SRC DST; or --check to read SRC alone.")
     if tokenizer is None and entry is not None and to == "hf":
         tokenizer = entry.tokenizer
-    from lavish.inference.convert import convert
-
-    with ByteProgress() as progress:
-        report = convert(
-            path,
-            destination,
-            to,
-            dtype=dtype,
-            model_parallel=model_parallel,
-            max_shard_bytes=max_shard_bytes,
-            merge_lora=merge_lora,
-            verify=verify,
-            clamp=clamp,
-            tokenizer=tokenizer,
-            base=base,
-            config=config,
-            pieces=pieces,
-            progress=progress.advance,
-        )
+    asked = {"dtype": dtype, "model_parallel": model_parallel, "max_shard_bytes": max_shard_bytes, "clamp": clamp}
+    asked |= {"merge_lora": merge_lora, "verify": verify, "tokenizer": tokenizer, "base": base, "config": config}
+    report = _convert(path, destination, to, {**asked, "pieces": pieces})
     if as_json:
         _print_json(_as_dict(report))
     else:
         _print_report(report)
     return 0
+
+
+def _convert(path: str, destination: str, to: str, asked: dict[str, Any]) -> Report:
+    from lavish.inference.convert import convert
+
+    try:
+        with ByteProgress() as progress:
+            return convert(path, destination, to, progress=progress.advance, **asked)
+    except KeyboardInterrupt:
+        say("Stopped; nothing is at DST. The same command goes on from here.", style="yellow")
+        raise
 
 
 def read_size(text: str) -> int:
