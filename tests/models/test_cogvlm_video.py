@@ -4,12 +4,17 @@ and the image model where the two must agree.
 
 import gzip
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cogvlm_fixture import FIXTURES, golden
 from PIL import Image
+from safetensors.torch import load_file
 from tolerance import PIXELS, SAME_MATH, close
 from transformers import DynamicCache
 
@@ -327,3 +332,32 @@ def test_bad_input(vlm):
 
 def golden_vlm():
     return lavish.load(golden("cogvlm2").folder / "checkpoint", device="cpu")
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(900)
+def test_two_processes_give_what_one_gives(folder, vlm, tmp_path):
+    """Its layers have no image experts: the plan of the image model finds what there is to cut."""
+    program = Path(__file__).with_name("cogvlm_video_program.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [*command, str(program), str(folder), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        logits = vlm.model(**vlm.processor.apply_chat_template(messages(frames(3)))).logits
+    alone = vlm.batch([messages(frames(3)), messages(frames(2), "And now?")], **GREEDY)
+    whole = {name: value.nbytes for name, value in vlm.model.named_parameters()}
+    cut = [name for name in whole if "language_expert" in name or "language_mlp" in name or name == "lm_head.weight"]
+    assert len(cut) == 5 * vlm.model.config.num_hidden_layers + 1
+    shares = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    for found in shares:
+        close(found["logits"], logits, SAME_MATH)
+        assert torch.equal(found["logits"], shares[0]["logits"])
+        assert [found[f"tokens.{index}"].tolist() for index in range(2)] == [reply.token_ids for reply in alone]
+        assert all(int(found[name]) * 2 == whole[name] for name in cut)
