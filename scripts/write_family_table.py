@@ -18,6 +18,7 @@ MEANINGS = {
     "int8, nf4": "`quantization=` of `lavish.load`",
     "adapters": "LoRA folders: `adapter=` of `lavish.load`, `vlm.load_adapter(path, name)`, `vlm.set_adapter(name)`",
     "pieces": "released in pieces; those that are elsewhere are keywords of `lavish.load`",
+    "held in": "layouts that `lavish convert --to` can write it in; all are read",
     "Auto classes": "after `lavish.register()`, `AutoModelForCausalLM.from_pretrained` and its like load its folders",
     "names": "known to `lavish zoo` by name",
 }
@@ -31,7 +32,7 @@ def row(family: Family) -> list[str]:
     names = sum(entry.family == family.name for entry in ZOO)
     page = PAGE.parent / f"{family.name}.md"
     title = f"[{family.name}]({page.name})" if page.is_file() else family.name
-    return [title, *cells, talks, talks, pieces, talks, str(names or NO)]
+    return [title, *cells, talks, talks, pieces, ", ".join(family.layouts), talks, str(names or NO)]
 
 
 def page() -> str:
