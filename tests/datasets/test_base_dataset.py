@@ -164,7 +164,7 @@ def test_rows_that_are_wrong(row: dict, message: str, tmp_path: Path) -> None:
 
 def test_a_caption_without_the_id_of_its_picture(tmp_path: Path) -> None:
     zoo_files.write(tmp_path / "rows.json", [{"image_id": 0}, {}])
-    with pytest.raises(DataError, match=r"rows\.json, row 2: the field 'image_id' is missing"):
+    with pytest.raises(DataError, match=r"rows\.json, row 2: image_id is None; an id"):
         CaptionDataset(ann_paths=[tmp_path / "rows.json"])
 
 

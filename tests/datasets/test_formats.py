@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import pickle
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lavish.common.errors import ConfigError, DataError, MissingDependency
 from lavish.datasets.formats import tables
 from lavish.datasets.formats.checking import check_data
 from lavish.datasets.formats.opening import FORMATS, open_data
+from lavish.datasets.formats.page import look_at, page
 from lavish.datasets.formats.writing import write_data
 
 Q, A = "What colour?", "Red."
@@ -287,7 +289,7 @@ def test_coco_captions(tmp_path: Path) -> None:
     assert source.format == "coco_captions"
     assert flat(good[1])[1] == f"assistant: {A}"
     assert bad[0] == "captions_val2014.json, annotation 2"
-    assert "names no picture" in str(bad[1])
+    assert "its image_id 43 is none of the images" in str(bad[1])
 
 
 @pytest.mark.parametrize("named", ["questions", "annotations"])
@@ -688,3 +690,60 @@ def test_written_data_are_the_same(tmp_path: Path) -> None:
     count, told = write_data(source, tmp_path / "bad.jsonl", skip_bad=True)
     assert count == 0
     assert ["no base64" in told[0][1], "of no format" in told[1][1]] == [True, True]
+
+
+JUNK = (
+    *(None, 3, -1.5, True, "", " ", "\x00", "<image>", "a.png", "../a.png", "data:image/png;base64,xx", [], {}, [[]]),
+    *([None], {"a": 1}, {"type": "image"}, [{"role": "user", "content": 3}], "\ud800", 10**30, "x" * 5000, "a" * 300),
+)
+NAMES = (
+    "image",
+    "messages",
+    "conversations",
+    "from",
+    "value",
+    "role",
+    "content",
+    "type",
+    "text",
+    "bbox",
+    "annotations",
+)
+
+
+def spoiled(value: Any, draw: random.Random) -> Any:
+    """Give a value with some of its parts gone, renamed, or replaced by junk."""
+    if draw.random() < 0.12:
+        return draw.choice(JUNK)
+    if isinstance(value, dict):
+        kept = {key: one for key, one in value.items() if draw.random() > 0.06}
+        return {(draw.choice(NAMES) if draw.random() < 0.04 else key): spoiled(one, draw) for key, one in kept.items()}
+    if isinstance(value, list):
+        return [spoiled(one, draw) for one in value][int(draw.random() < 0.05) :]
+    return value
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_spoiled_rows_are_told_and_break_nothing(seed: int, tmp_path: Path) -> None:
+    """Whatever stands in a file: every row is good or has a problem in words, and the page and the copy are made."""
+    draw = random.Random(seed)
+    picture(tmp_path, "a.png", "b.png")
+    whole = [
+        {"images": [{"id": 1, "file_name": "a.png", "caption": "x"}], "annotations": [{"image_id": 1, "caption": "y"}]},
+        {"annotations": [{"image_id": "a", "caption": "y"}]},
+        {"images": [{"id": 1, "file_name": "a.png", "caption": "x"}], "annotations": [{"image_id": 1, "bbox": [1, 2]}]},
+    ]
+    for _ in range(60):
+        rows: Any = [spoiled(draw.choice(list(ROWS.values()))[1], draw) for _ in range(4)]
+        if draw.random() < 0.2:
+            rows = spoiled(draw.choice(whole), draw)
+        try:
+            source = open_data(write(tmp_path / "rows.json", rows))
+        except DataError:
+            continue
+        report = check_data(source)
+        assert report.num_bad <= max(report.num_rows, 1)
+        assert len(report.problems) == report.num_bad
+        page([look_at(where, made) for where, made in source.samples()], title="x", facts=[])
+        count, left_out = write_data(source, tmp_path / "out.jsonl", skip_bad=True, overwrite=True)
+        assert count + len(left_out) == report.num_rows

@@ -11,7 +11,7 @@ import torch
 
 
 def prepare_sample(samples: Any, cuda_enabled: bool = True) -> Any:
-    """Give a batch with its tensors, also those within lists and dicts, on the GPU if there is one and it is asked for."""
+    """Give a batch with its tensors, also those in lists and dicts, on the GPU, if there is one and it is asked for."""
     if not cuda_enabled or not torch.cuda.is_available():
         return samples
     return _moved(samples, torch.device("cuda"))

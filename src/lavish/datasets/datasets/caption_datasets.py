@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavish.common.errors import DataError
+from lavish.common.errors import DataError, shown
 from lavish.datasets.datasets.annotations import need
 from lavish.datasets.datasets.base_dataset import BaseDataset
 
@@ -59,7 +59,7 @@ def number_images(dataset: BaseDataset) -> dict[Any, int]:
     """
     numbers: dict[Any, int] = {}
     for index, record in enumerate(dataset.annotation):
-        if "image_id" not in record:
-            raise DataError(f"{dataset.where(index)}: the field 'image_id' is missing.")
+        if not isinstance(record.get("image_id"), str | int):
+            raise DataError(f"{dataset.where(index)}: image_id is {shown(record.get('image_id'))}; an id is expected.")
         numbers.setdefault(record["image_id"], len(numbers))
     return numbers

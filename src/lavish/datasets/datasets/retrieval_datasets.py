@@ -109,12 +109,12 @@ class VideoRetrievalDataset(RetrievalDataset):
 
     def numbers(self) -> dict[Any, int]:
         """Give the running number of each video, told by its file."""
-        names = dict.fromkeys(record.get("video") for record in self.annotation)
+        names = dict.fromkeys(str(record.get("video")) for record in self.annotation)
         return {name: number for number, name in enumerate(names)}
 
     def number(self, record: dict[str, Any]) -> int:
         """Give the running number of a record's video."""
-        return self.img_ids[record["video"]]
+        return self.img_ids[str(record.get("video"))]
 
     def visual(self, record: dict[str, Any]) -> Any:
         """Give the processed video."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lavish.common.errors import DataError, shown
-from lavish.datasets.datasets.annotations import need, read_json
+from lavish.datasets.datasets.annotations import read_json
 
 Rows = list[tuple[str, dict[str, Any]]]
 """(where a row is, the row)."""
@@ -41,8 +41,9 @@ def caption_rows(loaded: Mapping[str, Any], path: Path) -> Rows:
     names = _by_id(loaded, path)
     rows: Rows = []
     for at, one in _records(loaded["annotations"], path, "annotation"):
-        picture = names.get(need(one, "image_id"), {})
-        rows.append((at, {"id": one.get("id"), "image": picture.get("file_name"), "caption": one.get("caption")}))
+        picture = names.get(_key(one, "image_id"))
+        row = {"id": one.get("id"), "image": (picture or {}).get("file_name"), "caption": one.get("caption")}
+        rows.append((at, row if picture is not None else _no_picture(one)))
     return rows
 
 
@@ -51,7 +52,10 @@ def refcoco_rows(loaded: Mapping[str, Any], path: Path) -> Rows:
     pictures = _by_id(loaded, path)
     rows: Rows = []
     for at, one in _records(loaded["annotations"], path, "annotation"):
-        picture = pictures.get(need(one, "image_id"), {})
+        picture = pictures.get(_key(one, "image_id"))
+        if picture is None:
+            rows.append((at, _no_picture(one)))
+            continue
         row = {name: picture.get(name) for name in ("width", "height")}
         row |= {"image": picture.get("file_name"), "expression": picture.get("caption"), "bbox": one.get("bbox")}
         rows.append((at, {"id": picture.get("id"), **row}))
@@ -60,10 +64,12 @@ def refcoco_rows(loaded: Mapping[str, Any], path: Path) -> Rows:
 
 def minigpt4_rows(loaded: Mapping[str, Any], path: Path) -> Rows:
     """MiniGPT-4's `filter_cap.json`: `annotations` of `image_id` and `caption`; the file is `<image_id>.jpg`."""
-    return [
-        (at, {"id": need(one, "image_id"), "image": f"{one['image_id']}.jpg", "caption": one.get("caption")})
-        for at, one in _records(loaded["annotations"], path, "annotation")
-    ]
+    rows: Rows = []
+    for at, one in _records(loaded["annotations"], path, "annotation"):
+        name = _key(one, "image_id")
+        row = {"id": name, "image": f"{name}.jpg", "caption": one.get("caption")}
+        rows.append((at, {"fault": "it has no image_id."} if name is None else row))
+    return rows
 
 
 def question_rows(loaded: Mapping[str, Any], path: Path) -> Rows:
@@ -78,17 +84,24 @@ def question_rows(loaded: Mapping[str, Any], path: Path) -> Rows:
     questions, annotations = (loaded, paired) if is_questions else (paired, loaded)
     if not isinstance(questions, Mapping) or not isinstance(annotations, Mapping):
         raise DataError(f"{other}: holds {shown(paired)}; an object is expected.")
-    answers = {
-        need(one, "question_id"): one for _, one in _records(annotations.get("annotations"), other, "annotation")
-    }
+    given = _records(annotations.get("annotations"), other if is_questions else path, "annotation")
+    answers = {_key(one, "question_id"): one for _, one in given}
     subtype = questions.get("data_subtype") or annotations.get("data_subtype")
-    rows: Rows = []
-    for at, one in _records(questions.get("questions"), path if is_questions else other, "question"):
-        answer = answers.get(need(one, "question_id"), {})
-        image = one.get("image") or f"COCO_{subtype}_{int(need(one, 'image_id')):012d}.jpg"
-        given = answer.get("answers") or answer.get("multiple_choice_answer")
-        rows.append((at, {"id": one["question_id"], "image": image, "question": one.get("question"), "answer": given}))
-    return rows
+    asked = _records(questions.get("questions"), path if is_questions else other, "question")
+    return [(at, _question(one, answers.get(_key(one, "question_id"), {}), subtype)) for at, one in asked]
+
+
+def _question(asked: Mapping[str, Any], answer: Mapping[str, Any], subtype: Any) -> dict[str, Any]:
+    name, number = _key(asked, "question_id"), asked.get("image_id")
+    if name is None:
+        return {"fault": "it has no question_id."}
+    image = asked.get("image")
+    if image is None:
+        if not isinstance(number, int):
+            return {"fault": f"image_id is {shown(number)}; the number of a COCO picture is expected."}
+        image = f"COCO_{subtype}_{number:012d}.jpg"
+    answers = answer.get("answers") or answer.get("multiple_choice_answer")
+    return {"id": name, "image": image, "question": asked.get("question"), "answer": answers}
 
 
 def partner(path: Path, is_questions: bool) -> Path:
@@ -136,4 +149,14 @@ def _records(values: Any, path: Path, what: str) -> Rows:
 
 
 def _by_id(loaded: Mapping[str, Any], path: Path) -> dict[Any, dict[str, Any]]:
-    return {need(one, "id"): one for _, one in _records(loaded["images"], path, "image")}
+    return {_key(one, "id"): one for _, one in _records(loaded["images"], path, "image")}
+
+
+def _key(one: Mapping[str, Any], name: str) -> str | int | None:
+    """Give an id, or None where there is none."""
+    value = one.get(name)
+    return value if isinstance(value, str | int) else None
+
+
+def _no_picture(one: Mapping[str, Any]) -> dict[str, Any]:
+    return {"fault": f"its image_id {shown(one.get('image_id'))} is none of the images."}

@@ -137,7 +137,7 @@ def _value(turn: Mapping[str, Any]) -> str:
 def texts_sample(row: Mapping[str, Any], pictures: Pictures, options: Options) -> Sample:
     """The Cauldron: `images` and `texts`, pairs of user and assistant about all of them."""
     spoken = []
-    for pair in listed(row["texts"]):
+    for pair in listed(need(row, "texts")):
         if not isinstance(pair, Mapping):
             raise DataError(f"texts holds {shown(pair)}; objects with user and assistant are expected.")
         spoken += [("user", need(pair, "user")), ("assistant", need(pair, "assistant"))]

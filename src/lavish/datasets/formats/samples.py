@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,24 +47,24 @@ class Pictures:
         return cls((folder, *(folder / name for name in (*more, "images", "image", "videos"))))
 
     def find(self, source: Any) -> Any:
-        """Give what `open_image` takes: a path that exists, encoded bytes, a data URL or a Pillow image.
+        """Give what `open_image` takes: a path that exists, encoded bytes or a data URL.
 
         Raises:
             DataError: no such file, or a web address.
         """
         if isinstance(source, Mapping):  # the Image feature of Hugging Face datasets, undecoded
             source = source.get("bytes") or source.get("path")
-        if isinstance(source, bytes) or (source is not None and not isinstance(source, str)):
+        if isinstance(source, bytes):
             return source
-        if not source:
-            raise DataError("the name of a picture is empty.")
+        if not isinstance(source, str) or not source:
+            raise DataError(f"the picture is {shown(source)}; the name of a file is expected.")
         if source[:5].lower() == "data:":
             return source
         if _URL.match(source):
             raise DataError(f"the picture {shown(source)} is a web address; fetch it and name the file.")
         places = [root / source for root in self.roots]
         for place in places:
-            if place.is_file():
+            if os.path.isfile(place):  # Path.is_file raises for a name that is too long
                 return str(place)
         looked = " or ".join(dict.fromkeys(str(place.parent) for place in places))
         raise DataError(f"the picture or video {shown(source)} is missing; looked in {looked}.")
