@@ -263,6 +263,23 @@ def test_ranks_become_a_folder_of_the_release_and_the_other_way(whole: Path, tmp
     assert lavish.load(tmp_path / "cards", device="cpu").chat(asked("what is it?"), max_new_tokens=2).token_ids
 
 
+def test_tables_that_differ_are_refused(tmp_path: Path) -> None:
+    tensors = {name: released()[name].clone() for name in released()}
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] *= 2
+    plan = plan_target(FIELDS, tensors_in_file(tmp_path / "x.safetensors", tensors), TargetOptions())
+    with pytest.raises(CheckpointError, match=r"layers\.1\..*differs from layer 0's, and MindFormers keeps one table"):
+        encode(plan.files[0])
+
+
+def test_the_base_of_the_config_makes_the_table(tmp_path: Path) -> None:
+    tensors = {name: released()[name] for name in released() if "inv_freq" not in name}
+    stored = tensors_in_file(tmp_path / "x.safetensors", tensors)
+    plan = plan_target({**FIELDS, "rope_theta": 10000.0}, stored, TargetOptions(dtype="float32"))
+    table = next(output for output in plan.files[0].outputs if output.name == FREQS).make()
+    torch.testing.assert_close(table, torch.tensor([1.0, 0.1, 0.01, 0.001]), rtol=1e-6, atol=0)
+    assert plan.made == ((FREQS, "1 / 10000^(2j / 8); the source stores none"),)
+
+
 # -- the video model ---------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from lavish.checkpoints.mindspore import STRATEGY_FOLDER, Layout
 from lavish.checkpoints.mindspore_format import MindSporeFormat, encode_strategy
 from lavish.checkpoints.output import Output, TargetOptions, TargetPlan, TensorFile
 from lavish.checkpoints.release import Release
-from lavish.checkpoints.rules import Rule, matches, plan
+from lavish.checkpoints.rules import matches, plan, reasons
 from lavish.checkpoints.sat import laid_together
 from lavish.checkpoints.tensor_map import Stored, TensorMap, reshaped, view
 from lavish.common.errors import (
@@ -41,6 +41,7 @@ from lavish.models.cogvlm.mindspore_names import (
     EXTRAS,
     FREQS,
     IMAGE_RULES,
+    INV_FREQ,
     LORA_MARK,
     LORA_PREFIX,
     OPTIMIZER,
@@ -196,7 +197,7 @@ def plan_target(fields: Mapping[str, Any], tensors: TensorMap, options: TargetOp
             f"{where}: a CogVLM v1, which MindFormers never had; it has CogVLM2 alone. Layouts that hold it: hf, sat."
         )
     _check_tensors(sizes, tensors)
-    kept, dropped, made = _targets(sizes, tensors, options)
+    kept, dropped, made = _targets(sizes, float(fields.get("rope_theta") or ROPE_THETA), tensors, options)
     name = f"cogvlm2_{'video' if sizes.is_video else 'image'}"
     texts = {"config.json": json.dumps(_released(fields), indent=2).encode() + b"\n"}
     if options.model_parallel == 1:
@@ -219,7 +220,7 @@ _Kept = dict[str, tuple[Stored | Output, str]]
 
 
 def _targets(
-    sizes: manifest.Sizes, tensors: TensorMap, options: TargetOptions
+    sizes: manifest.Sizes, rope_theta: float, tensors: TensorMap, options: TargetOptions
 ) -> tuple[_Kept, list[tuple[str, str]], list[tuple[str, str]]]:
     """Give what is written, in the order of MindFormers' converter; what is not; and what is computed."""
     rules = TO_VIDEO if sizes.is_video else TO_IMAGE
@@ -235,14 +236,12 @@ def _targets(
             info = reshaped(info, (1, *info.shape))
         kept[target] = (info, source)
     made: list[tuple[str, str]] = []
-    if FREQS not in kept:
-        kept[FREQS] = (_computed_freqs(sizes.head_dim, tensors, options), "")
-        made.append((FREQS, f"1 / {ROPE_THETA:g}^(2j / {sizes.head_dim}); the source stores none"))
-    return kept, [(name, _why_dropped(rules, name)) for name in places.dropped], made
-
-
-def _why_dropped(rules: Sequence[Rule], name: str) -> str:
-    return next(rule.why for rule in rules if hasattr(rule, "why") and matches((rule.source,), name))  # a Drop
+    if FREQS in kept:
+        kept[FREQS] = (_common_freqs(tensors, options), kept[FREQS][1])
+    else:
+        kept[FREQS] = (_computed_freqs(sizes.head_dim, rope_theta, tensors, options), "")
+        made.append((FREQS, f"1 / {rope_theta:g}^(2j / {sizes.head_dim}); the source stores none"))
+    return kept, reasons(places, rules), made
 
 
 def _output(target: str, tensors: TensorMap, options: TargetOptions, info: Stored | Output, source: str) -> Output:
@@ -311,7 +310,28 @@ def _released(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("rope", "auto_map")}
 
 
-def _computed_freqs(head_dim: int, tensors: TensorMap, options: TargetOptions) -> Output:
+def _common_freqs(tensors: TensorMap, options: TargetOptions) -> Output:
+    """Say that layer 0's table goes over, once it was seen that those of the other layers are the same."""
+    tables = sorted(name for name in tensors if matches((INV_FREQ,), name))
+    source = INV_FREQ.replace("*", "0")
+    info = tensors.info(source)
+    dtype = options.dtype_of(info.dtype)
+
+    def make() -> torch.Tensor:
+        import torch
+
+        first = tensors.assemble(info)
+        if differing := [name for name in tables if not torch.equal(tensors.assemble(tensors.info(name)), first)]:
+            raise CheckpointError(
+                f"{tensors.path}: {differing[0]!r} differs from layer 0's, and MindFormers keeps one table for all "
+                "layers. In every CogVLM2 they are equal: the checkpoint is damaged, or of another model."
+            )
+        return options.cast(FREQS, first, dtype)
+
+    return Output(FREQS, info.shape, dtype, make, (source,))
+
+
+def _computed_freqs(head_dim: int, rope_theta: float, tensors: TensorMap, options: TargetOptions) -> Output:
     """Say that the table is computed in float32 and cast to the dtype of the weights."""
     dtype = options.dtype_of(tensors.info("lm_head.weight").dtype)
 
@@ -320,6 +340,6 @@ def _computed_freqs(head_dim: int, tensors: TensorMap, options: TargetOptions) -
 
         from lavish.models.cogvlm.model import reference_inv_freq
 
-        return reference_inv_freq(head_dim, ROPE_THETA, torch.float32).to(getattr(torch, dtype))
+        return reference_inv_freq(head_dim, rope_theta, torch.float32).to(getattr(torch, dtype))
 
     return Output(FREQS, (head_dim // 2,), dtype, make)
