@@ -174,6 +174,12 @@ def test_gqa_from_its_samples() -> None:
     assert task.leaderboard(results)[0] == {"questionId": "7", "prediction": results[0]["answer"]}
 
 
+def test_a_model_that_cannot_do_what_a_task_asks() -> None:
+    samples = {"image": pictures(1), "text_input": ["what"], "question_id": [1]}
+    with pytest.raises(ConfigError, match=r"Classifier has no predict_answers\(samples\).*model\.path"):
+        GQATask({}).valid_step(Classifier(), samples)
+
+
 def test_ranking_without_answers_says_so() -> None:
     samples = {"image": pictures(1), "text_input": ["what"], "question_id": [1]}
     with pytest.raises(ConfigError, match="inference_method='rank' chooses among answers"):

@@ -18,7 +18,7 @@ from lavish.datasets.datasets.annotations import read_json
 from lavish.tasks.metrics.captions import bleu, cider, rouge_l
 from lavish.tasks.metrics.meteor import find_jar, meteor
 from lavish.tasks.metrics.ptb import tokenize
-from lavish.tasks.scored_task import ScoredTask, Scores, ids_of, records_by_instance
+from lavish.tasks.scored_task import ScoredTask, Scores, ids_of, method_of, records_by_instance
 
 GENERATION = ("use_nucleus_sampling", "num_beams", "top_p", "temperature", "repetition_penalty", "length_penalty")
 
@@ -37,7 +37,7 @@ class CaptionTask(ScoredTask):
         if self.option("prompt") is not None:
             samples = {**samples, "prompt": self.option("prompt")}
         given = {name: value for name, value in options.items() if value is not None}
-        captions = model.generate(samples, **given)  # pyright: ignore[reportCallIssue] - of registered models
+        captions = method_of(model, "generate")(samples, **given)
         return [
             {"image_id": number(ids.pop("image_id", ids.get("instance_id"))), "caption": caption, **ids}
             for caption, ids in zip(captions, ids_of(samples, "image_id"), strict=True)

@@ -17,7 +17,7 @@ from lavish.common.errors import DataError
 from lavish.tasks.captioning import score_captions
 from lavish.tasks.metrics.language import perplexity
 from lavish.tasks.metrics.measure import mean_of
-from lavish.tasks.scored_task import ScoredTask, Scores, plain
+from lavish.tasks.scored_task import ScoredTask, Scores, method_of, plain
 
 IGNORE = (-1, -100)
 """Labels that are not learnt: of the AVSD recipe, and of all others."""
@@ -78,7 +78,7 @@ class DialogueTask(LossTask):
             return results
         names = {"num_beams": "num_beams", "max_len": "max_length", "min_len": "min_length"}
         given = {name: self.run.get(key) for key, name in names.items() if self.run.get(key) is not None}
-        answers = model.generate(samples, **given)  # pyright: ignore[reportCallIssue] - of registered models
+        answers = method_of(model, "generate")(samples, **given)
         return [{**result, "answer": answer} for result, answer in zip(results, answers, strict=True)]
 
     def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:

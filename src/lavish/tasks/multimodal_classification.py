@@ -10,7 +10,7 @@ from torch import nn
 
 from lavish.common.errors import DataError
 from lavish.tasks.metrics.measure import mean_of
-from lavish.tasks.scored_task import ScoredTask, Scores, ids_of
+from lavish.tasks.scored_task import ScoredTask, Scores, ids_of, method_of
 
 
 class MultimodalClassificationTask(ScoredTask):
@@ -24,7 +24,7 @@ class MultimodalClassificationTask(ScoredTask):
         Raises:
             DataError: another number of predictions than of samples.
         """
-        outputs = model.predict(samples)  # pyright: ignore[reportCallIssue] - of registered models
+        outputs = method_of(model, "predict")(samples)
         predictions = torch.as_tensor(outputs["predictions"]).argmax(1).tolist()
         targets = torch.as_tensor(outputs["targets"]).tolist()
         ids = ids_of(samples, self.inst_id_key)

@@ -9,7 +9,7 @@ file that its leaderboard takes. Source: salesforce/LAVIS, lavis/tasks/*.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -133,6 +133,21 @@ def registered_folder(name: str) -> Path | None:
         return Path(registry.get_path(name))
     except ConfigError:
         return None
+
+
+def method_of(model: nn.Module, name: str) -> Callable[..., Any]:
+    """Give what a task asks of a registered model.
+
+    Raises:
+        ConfigError: the model cannot do that.
+    """
+    method = getattr(model, name, None)  # which models have which methods is what is asked here
+    if method is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no {name}(samples), which this task asks for. Take another run.task or "
+            "model.arch; a model that chats is asked by any task with model.path."
+        )
+    return method
 
 
 def ids_of(samples: Mapping[str, Any], *names: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from lavish.tasks.captioning import texts
 from lavish.tasks.metrics import vqa
 from lavish.tasks.metrics.measure import Measure, mean_of
 from lavish.tasks.metrics.text_match import anls
-from lavish.tasks.scored_task import ScoredTask, Scores, ids_of, records_by_instance
+from lavish.tasks.scored_task import ScoredTask, Scores, ids_of, method_of, records_by_instance
 
 OPTIONS = ("num_beams", "max_len", "min_len", "num_ans_candidates", "inference_method", "prompt")
 
@@ -63,32 +63,33 @@ class VQATask(ScoredTask):
     def predict(self, model: nn.Module, samples: dict[str, Any]) -> list[str]:
         """Ask the model, with the options of the recipe."""
         given = {name: self.run.get(name) for name in OPTIONS if self.run.get(name) is not None}
-        return model.predict_answers(  # pyright: ignore[reportCallIssue] - of registered models
-            samples=samples, **{**given, "answer_list": self.answer_list, "inference_method": self.inference_method}
-        )
+        answer = method_of(model, "predict_answers")
+        return answer(samples, **{**given, "answer_list": self.answer_list, "inference_method": self.inference_method})
 
     def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:
         """Score answers against `run.annotation_file`, else COCO's annotations of the data set, else its records."""
-        references = self.references(results, dataset, split_name)
+        official = self.official(dataset, split_name)
+        references = self.references(results, dataset, official)
         if references is None:
             return None
         values = [self.score_one(one["answer"], refs) for one, refs in zip(results, references, strict=True)]
         measure = mean_of(values, 100)
         scores = Scores({self.measure_name: measure}, measure.value, self.measure_name, references)
-        scores.groups = self._by_type(results, values, dataset, split_name)
+        scores.groups = by_type(results, values, official)
         return scores
 
     def score_one(self, answer: str, references: list[str]) -> float:
         """Score one answer, 0..1."""
         return vqa.accuracy(answer, references)
 
-    def references(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> list[list[str]] | None:
+    def references(
+        self, results: Sequence[Mapping[str, Any]], dataset: Any, official: Mapping[Any, Mapping[str, Any]]
+    ) -> list[list[str]] | None:
         """Give the right answers of each result; None where the split hides them.
 
         Raises:
             DataError: some questions have answers and others have none.
         """
-        official = self.official(dataset, split_name)
         records = records_by_instance(dataset)
         found = []
         for one in results:
@@ -108,16 +109,6 @@ class VQATask(ScoredTask):
         # Only VQA sets have such files; those of LAVIS spell it so.
         path = self.annotation_path(split_name) or getattr(dataset, "coco_fmt_anno_file", None)
         return {} if path is None else read_vqa_annotations(Path(path))
-
-    def _by_type(
-        self, results: Sequence[Mapping[str, Any]], values: Sequence[float], dataset: Any, split_name: str
-    ) -> dict[str, Measure]:
-        official, by_type = self.official(dataset, split_name), defaultdict(list)
-        for one, value in zip(results, values, strict=True):
-            kind = official.get(one.get("question_id"), {}).get("answer_type")
-            if kind is not None:
-                by_type[str(kind)].append(value)
-        return {kind: mean_of(of_kind, 100) for kind, of_kind in sorted(by_type.items())}
 
     def leaderboard(self, results: Sequence[Mapping[str, Any]]) -> Any:
         """Give the form that the VQA server takes."""
@@ -163,9 +154,8 @@ class AOKVQATask(VQATask):
         chosen: list[str | None] = []
         for at, choices in enumerate(samples["choices"]):
             row = {name: samples[name][at : at + 1] for name in ("image", "text_input")}
-            chosen += model.predict_answers(  # pyright: ignore[reportCallIssue] - of registered models
-                samples=row, answer_list=list(choices), inference_method="rank", num_ans_candidates=len(choices)
-            )
+            options = {"answer_list": list(choices), "num_ans_candidates": len(choices)}
+            chosen += method_of(model, "predict_answers")(row, inference_method="rank", **options)
         return chosen
 
     def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:
@@ -201,7 +191,7 @@ class OCRVQATask(VQATask):
 
     def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:
         """Score answers by their distance in letters from the nearest right one."""
-        references = self.references(results, dataset, split_name)
+        references = self.references(results, dataset, self.official(dataset, split_name))
         if references is None:
             return None
         pairs = [(one["answer"], refs) for one, refs in zip(results, references, strict=True)]
@@ -221,3 +211,15 @@ def read_vqa_annotations(path: Path) -> dict[Any, Mapping[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "question_id" in row for row in rows):
         raise DataError(f"{path}: no annotations in the form of VQA v2, {{'annotations': [{{'question_id': ..}}]}}.")
     return {row["question_id"]: row for row in rows}
+
+
+def by_type(
+    results: Sequence[Mapping[str, Any]], values: Sequence[float], official: Mapping[Any, Mapping[str, Any]]
+) -> dict[str, Measure]:
+    """Give the scores by the type of the right answer, where the annotations tell it."""
+    found = defaultdict(list)
+    for one, value in zip(results, values, strict=True):
+        kind = official.get(one.get("question_id"), {}).get("answer_type")
+        if kind is not None:
+            found[str(kind)].append(value)
+    return {kind: mean_of(of_kind, 100) for kind, of_kind in sorted(found.items())}
