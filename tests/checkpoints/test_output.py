@@ -135,6 +135,31 @@ def test_a_torn_journal_goes_back_to_its_last_whole_line(tmp_path: Path) -> None
     assert all(torch.equal(hf.read(tmp_path / "new")[name], value) for name, value in values().items())
 
 
+@pytest.mark.parametrize("boot", ["another run of the machine", None])
+def test_after_a_crash_of_the_machine_only_whole_files_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boot: str | None
+) -> None:
+    from lavish.checkpoints import output as driver
+
+    interrupted(tmp_path / "new", 1200, resume_bytes=1)  # a file and a half
+    other = tmp_path / "boot_id"
+    if boot is not None:
+        other.write_text(boot)
+    monkeypatch.setattr(driver, "BOOT_ID", other)
+    made: list[str] = []
+    assert write(tmp_path / "new", a_plan(made)) == 800
+    assert len(made) == 4
+    assert all(torch.equal(hf.read(tmp_path / "new")[name], value) for name, value in values().items())
+
+
+def test_without_a_boot_id_every_point_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lavish.checkpoints import output as driver
+
+    monkeypatch.setattr(driver, "BOOT_ID", tmp_path / "nowhere")
+    interrupted(tmp_path / "new", 1200, resume_bytes=1)
+    assert write(tmp_path / "new") == 1200
+
+
 def test_another_conversion_does_not_go_on_with_it(tmp_path: Path) -> None:
     interrupted(tmp_path / "new", 400)
     with pytest.raises(ConfigError, match=r"begun with dtype=None and now has dtype='float16'.*remove that folder"):

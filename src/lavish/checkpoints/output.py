@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from lavish.checkpoints.safetensors_header import encode_header
@@ -34,8 +35,10 @@ JOURNAL = ".journal"
 UNFINISHED = ".part"
 """What a file is called after its name until all of its bytes are on the disk."""
 RESUME_BYTES = 64 << 20
-"""How much is written between two points of the journal; each is noted when the disk has it, while the next is written.
-"""
+"""How much is written between two points of the journal. They outlive a kill, not the machine: after a crash of that,
+only what the journal says to be on the disk counts, which is whole files."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Tells one run of the machine from the next, on Linux."""
 CHUNK_BYTES = 16 << 20
 CHECKED_NUMEL = 4 << 20
 """How many values are looked at together: torch needs as much memory again to look."""
@@ -323,8 +326,7 @@ def write_plan(
             if not resumed:
                 _check_space(plan, partial, destination)
             try:
-                for index in range(len(plan.files)):
-                    writing.write_file(index)
+                writing.write_files()
             except CheckpointError:  # of the source: the same command would stop here again
                 shutil.rmtree(partial)
                 raise
@@ -363,7 +365,9 @@ class _Writing:
         self.total, self.done = plan.nbytes, 0
         self.points: dict[int, dict[str, Any]] = {}
         """The last point of the journal for each file: how many tensors, up to which byte, the format's state."""
+        self.boot = _boot_id()
         self.journal: BinaryIO
+        self.noting = Lock()
 
     def take_up(self, journal: BinaryIO) -> int:
         """Read the journal, or begin it; gives the bytes of tensors that are on the disk already."""
@@ -378,7 +382,7 @@ class _Writing:
                     f"{self.partial} holds {others[0]!r} and no journal of a conversion; move it away, or remove it."
                 )
             journal.truncate(0)
-            self._note({"begun": self.identity, "fingerprint": fingerprint})
+            self._note({"begun": self.identity, "fingerprint": fingerprint}, is_lasting=True)
             return 0
         begun = lines[0]
         if begun.get("fingerprint") != fingerprint:
@@ -388,19 +392,32 @@ class _Writing:
             )
         journal.truncate(sum(len(_line(line)) for line in lines))
         for line in lines[1:]:
-            self.points[line["file"]] = line
+            if line.get("boot") in (None, self.boot):  # else the machine was off in between, and may have lost it
+                self.points[line["file"]] = line
         for index, point in self.points.items():
             outputs = self.plan.files[index].outputs
             self.done += sum(output.nbytes for output in outputs[: point["tensors"]])
         return self.done
 
-    def write_file(self, index: int) -> None:
-        """Write one file, or what is left of it."""
+    def write_files(self) -> None:
+        """Write all files, or what is left of them; each is put on the disk while the next is written."""
+        with ThreadPoolExecutor(1, thread_name_prefix="lavish-disk") as disk:
+            finishing: Future[None] | None = None
+            for index in range(len(self.plan.files)):
+                finish = self._write_file(index)
+                if finishing is not None:
+                    finishing.result()
+                finishing = None if finish is None else disk.submit(finish)
+            if finishing is not None:
+                finishing.result()
+
+    def _write_file(self, index: int) -> Callable[[], None] | None:
+        """Write one file, and give what waits for the disk and gives it its name; None: all of that was done."""
         file, point = self.plan.files[index], self.points.get(index, {"tensors": 0, "bytes": 0, "state": None})
         path = self.partial / file.name
         if point.get("is_done"):
             self._check_size(path, point["bytes"], is_done=True)
-            return
+            return None
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + UNFINISHED)
         is_new = point["state"] is None
@@ -409,7 +426,8 @@ class _Writing:
         if not is_new:
             self._check_size(unfinished, point["bytes"], is_done=False)
         layout = file.format()
-        with unfinished.open("wb" if is_new else "r+b", buffering=0) as handle:
+        handle = unfinished.open("wb" if is_new else "r+b", buffering=0)
+        try:
             handle.truncate(point["bytes"])
             handle.seek(point["bytes"])
             if is_new:
@@ -417,19 +435,26 @@ class _Writing:
                     _write(handle, chunk)
             else:
                 layout.restore(point["state"])
-            with ThreadPoolExecutor(1, thread_name_prefix="lavish-disk") as disk:
-                self._write_tensors(index, handle, layout, point["tensors"], disk)
+            self._write_tensors(index, handle, layout, point["tensors"])
             for chunk in layout.end(handle.tell()):
                 _write(handle, chunk)
+        except BaseException:
+            handle.close()
+            raise
+        return lambda: self._finish(index, handle, unfinished, path)
+
+    def _finish(self, index: int, handle: Any, unfinished: Path, path: Path) -> None:
+        with handle:
             os.fsync(handle.fileno())
             size = handle.tell()
         unfinished.replace(path)
         _sync_folder(path.parent)
-        self._note({"file": index, "tensors": len(file.outputs), "bytes": size, "state": {}, "is_done": True})
+        count = len(self.plan.files[index].outputs)
+        self._note({"file": index, "tensors": count, "bytes": size, "state": {}, "is_done": True}, is_lasting=True)
 
-    def _write_tensors(self, index: int, handle: Any, layout: Format, first: int, disk: ThreadPoolExecutor) -> None:
+    def _write_tensors(self, index: int, handle: Any, layout: Format, first: int) -> None:
         outputs = self.plan.files[index].outputs
-        unsaved, saving = 0, None
+        unsaved = 0
         for number, output, tensor in _made_ahead(outputs, first):
             for chunk in layout.tensor(output, data_of(tensor), handle.tell()):
                 _write(handle, chunk)
@@ -438,23 +463,13 @@ class _Writing:
             self.done += output.nbytes
             unsaved += output.nbytes
             if unsaved >= self.resume_bytes and number + 1 < len(outputs):
-                if saving is not None:
-                    saving.result()
                 point = {"file": index, "tensors": number + 1, "bytes": handle.tell(), "state": layout.state()}
-                saving = disk.submit(self._save, handle.fileno(), point)
+                if self.boot is None:  # nothing would tell that the machine was off in between
+                    os.fsync(handle.fileno())
+                self._note({**point, "boot": self.boot}, is_lasting=self.boot is None)
                 unsaved = 0
             if self.progress is not None:
                 self.progress(self.done, self.total)
-        if saving is not None:
-            saving.result()
-
-    def _save(self, file: int, point: Mapping[str, Any]) -> None:
-        """Wait until the disk has what is written, then note that it has."""
-        if hasattr(os, "fdatasync"):
-            os.fdatasync(file)
-        else:
-            os.fsync(file)
-        self._note(point)
 
     def _check_size(self, path: Path, needed: int, *, is_done: bool) -> None:
         found = path.stat().st_size if path.is_file() else -1
@@ -464,11 +479,20 @@ class _Writing:
                 f"{'is not there' if found < 0 else f'has {found}'}; remove {self.partial} and start again."
             )
 
-    def _note(self, line: Mapping[str, Any]) -> None:
-        self.journal.seek(0, 2)
-        self.journal.write(_line(line))
-        self.journal.flush()
-        os.fsync(self.journal.fileno())
+    def _note(self, line: Mapping[str, Any], *, is_lasting: bool) -> None:
+        with self.noting:
+            self.journal.seek(0, 2)
+            self.journal.write(_line(line))
+            self.journal.flush()
+            if is_lasting:
+                os.fsync(self.journal.fileno())
+
+
+def _boot_id() -> str | None:
+    try:
+        return BOOT_ID.read_text(encoding="ascii").strip() or None
+    except OSError:  # another system, or a sandbox without /proc
+        return None
 
 
 def _made_ahead(outputs: Sequence[Output], first: int) -> Iterator[tuple[int, Output, torch.Tensor]]:
