@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lavish.cli.data_zoo import fetch, list_names
 from lavish.cli.terminal import console, human_count, plain, progress_bar, say
 from lavish.common.errors import ConfigError
 
@@ -179,7 +180,7 @@ def convert(
     return 0
 
 
-subcommands = {"check": check, "show": show, "convert": convert}
+subcommands = {"check": check, "show": show, "convert": convert, "list": list_names, "fetch": fetch}
 
 
 def _processor(model: str | None, tokenizer: str | None, pieces: list[str] | None, config: str | None) -> Any:

@@ -246,10 +246,18 @@ class BaseDatasetBuilder:
         self._download_vis()
 
     def _download_ann(self) -> None:
-        """Fetch the annotation files that are absent; of several processes one does, the others wait at each file."""
+        self.fetch_annotations()
+
+    def fetch_annotations(self) -> list[Path]:
+        """Fetch the annotation files that are absent, and give all; of several processes one does, the others wait.
+
+        Raises:
+            DataError: one cannot be fetched now, or is another one than its md5 says.
+        """
         for file in self.annotation_files():
             if file.url is not None:
                 fetch(file.url, file.path, md5=file.md5, error=DataError)
+        return list(dict.fromkeys(file.path for file in self.annotation_files()))
 
     def _download_vis(self) -> None:
         """Warn when the visual data are absent: annotations can be looked at without them. Nothing is fetched."""
