@@ -14,6 +14,7 @@ from lavish.checkpoints.rules import (
     Surplus,
     matches,
     plan,
+    reasons,
     reverse,
     without_surplus,
 )
@@ -131,3 +132,14 @@ def test_surplus_is_left_out_where_the_module_has_no_place() -> None:
     assert set(left.parts) == known
     assert set(left.dropped) == {"h.1.qkv"}
     assert without_surplus(places, set(places.sources), rules) is places
+
+
+def test_what_a_plan_drops_has_a_reason() -> None:
+    rules = [
+        Drop("head.*", why="of its training"),
+        Rename("block.*.weight", "layer.*.weight"),
+        Surplus("layer.*.weight", why="beyond the depth"),
+    ]
+    names = ["head.bias", "block.0.weight", "block.1.weight"]
+    places = without_surplus(plan(names, rules), {"layer.0.weight"}, rules)
+    assert reasons(places, rules) == [("head.bias", "of its training"), ("block.1.weight", "beyond the depth")]
