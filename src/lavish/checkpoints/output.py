@@ -174,6 +174,7 @@ class TargetOptions:
         def made() -> torch.Tensor:
             if isinstance(info, TensorInfo) and to != info.dtype:  # cast from the file: no copy in between
                 held = tensors.open(info.file)
+                held.fetch(info)
                 value = self.cast(name, held.tensor(info), to)
                 held.forget(info)
                 return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ ITEM_BYTES = {
 }
 """Bytes an element, by torch's name of the dtype. Readers refuse what is not listed."""
 
+FETCHED_BYTES = 1 << 20
+"""Tensors below this are not worth a word to the system."""
 _NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 """MAP_NORESERVE: without it Linux refuses to map a file larger than the memory. Python names it from 3.13 on."""
 
@@ -287,6 +290,7 @@ class MappedFile:
     reaches the disk."""
 
     def __init__(self, file: Path, file_bytes: int) -> None:
+        self._file = file
         with file.open("rb") as handle:
             found = handle.seek(0, 2)
             if found != file_bytes:
@@ -321,10 +325,14 @@ class MappedFile:
         return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
 
     def fetch(self, info: TensorInfo) -> None:
-        """Let the system read a tensor's pages ahead, in the background."""
-        if hasattr(self._map, "madvise"):
-            start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, start, info.offset + info.span * ITEM_BYTES[info.dtype] - start)
+        """Let the system read a tensor's bytes ahead.
+
+        By the file and not by the map: Python holds its lock during madvise, which waits for a busy disk.
+        """
+        if hasattr(os, "posix_fadvise") and info.nbytes >= FETCHED_BYTES:
+            with self._file.open("rb") as handle:
+                num_bytes = info.span * ITEM_BYTES[info.dtype]
+                os.posix_fadvise(handle.fileno(), info.offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def forget(self, info: TensorInfo) -> None:
         """Give the pages of a tensor that was copied out back to the system; taken again, they are read again."""
@@ -423,6 +431,7 @@ class TensorMap(Mapping[str, "torch.Tensor"]):
             if part.file not in self._read_maps:  # apart from those of `[name]`, whose pages a caller may have changed
                 self._read_maps[part.file] = self.open(part.file)
             mapped = self._read_maps[part.file]
+            mapped.fetch(part)
             box = value.view(-1) if isinstance(info, Assembled) and info.is_flat else value
             for axis, (first, length) in enumerate(zip(piece.start, part.shape, strict=True)):
                 box = box.narrow(axis, first, length)
