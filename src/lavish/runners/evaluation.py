@@ -16,10 +16,7 @@ Source of the recipe's meaning: salesforce/LAVIS, evaluate.py and lavis/runners/
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
-import logging
 import os
 import platform
 import time
@@ -39,76 +36,44 @@ from torch.utils.data import DataLoader
 
 from lavish import __version__
 from lavish.checkpoints.placement import resolve_device
-from lavish.common import config as configs
 from lavish.common import dist
 from lavish.common.config import Config, write_json
 from lavish.common.errors import ConfigError, DataError
 from lavish.common.registry import registry
-from lavish.datasets.builders.base_dataset_builder import SPLITS
 from lavish.datasets.datasets.base_dataset import BaseDataset
 from lavish.inference.load import load
 from lavish.inference.sample_model import SampleModel
 from lavish.processors.base_processor import BaseProcessor
+from lavish.runners.evaluation_recipe import (
+    begin_folder,
+    chat_section,
+    check,
+    config_sha256,
+    evaluated_only,
+    open_evaluation,
+    splits_of,
+)
 from lavish.runners.evaluation_report import write_report
 from lavish.runners.evaluation_rows import Row, Rows, keys_of, line_of, results_of, rows_of
-from lavish.runners.schema import RunConfig, lavis_run_config
-from lavish.tasks import setup_task
+from lavish.runners.evaluation_summary import (
+    METRICS_FILE,
+    RESULT_FOLDER,
+    STATISTICS_FILE,
+    SplitResult,
+    statistics_of,
+    summary_of,
+)
+from lavish.runners.schema import RunConfig
 from lavish.tasks.base_task import BaseTask, to_device
 from lavish.tasks.chat_model import ChatModel
-from lavish.tasks.metrics.measure import CONFIDENCE, NUM_RESAMPLES, SEED, Measure
-from lavish.tasks.scored_task import ScoredTask, Scores
+from lavish.tasks.metrics.measure import CONFIDENCE, NUM_RESAMPLES, SEED
+from lavish.tasks.scored_task import ScoredTask
 
-logger = logging.getLogger(__name__)
+__all__ = ["METRICS_FILE", "Evaluation", "SplitResult", "check", "evaluate", "open_evaluation"]
 
-CONFIG_FILE, METRICS_FILE, STATISTICS_FILE = "config.yaml", "metrics.json", "statistics.json"
-RESULT_FOLDER = "result"
-ANYHOW = (
-    *("output_dir", "device", "num_workers", "num_threads", "batch_size_eval", "batch_size_train", "log_freq"),
-    *("world_size", "dist_url", "distributed", "use_dist_eval_sampler"),
-)
-"""Keys of `run` that change how an evaluation runs, and not what it gives."""
+
 QUESTION_FIELDS = ("question", "text_input", "expression", "phrase")
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class LoadedModel:
-    """The section `model` of an evaluation of any model that `lavish.load` opens."""
-
-    path: str
-    """Folder, file or hub id."""
-    dtype: str = "auto"
-    """As of `lavish.load`, and so are the next."""
-    quantization: str | None = None
-    adapter: str | None = None
-    base: str | None = None
-    tokenizer: str | None = None
-    config: str | dict[str, Any] | None = None
-    revision: str | None = None
-    rope: str | None = None
-    pieces: dict[str, str] = field(default_factory=dict)
-    """Parts of the release that are elsewhere, by name."""
-    ask: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """How questions are put, by kind: {vqa: {text: "{question} Answer briefly."}}."""
-
-
-@dataclass
-class SplitResult:
-    """What an evaluation gave for one split of one data set."""
-
-    dataset: str
-    split: str
-    num_samples: int
-    rows: list[Row]
-    metrics: dict[str, float] | None
-    """None where the split has no ground truth."""
-    scores: Scores | None = None
-    """With intervals; None of a task of one's own that gives metrics alone."""
-
-    @property
-    def name(self) -> str:
-        """`<data set>/<split>`."""
-        return f"{self.dataset}/{self.split}"
 
 
 @dataclass
@@ -118,19 +83,6 @@ class Evaluation:
     folder: Path
     task: BaseTask
     splits: list[SplitResult] = field(default_factory=list)
-
-
-def open_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Config | None:
-    """Read a recipe; None where its task scores models of `lavish.load` by itself, as `scenes` does.
-
-    Raises:
-        ConfigError: a file that is no recipe, an unknown task, or whatever `Config` finds wrong.
-    """
-    merged = configs.merge(configs.load_yaml(path), configs.parse_overrides(overrides))
-    name = OmegaConf.select(merged, "run.task")
-    if name and registry.get_task_class(name).scores_loaded_models:
-        return None
-    return Config(path, overrides)
 
 
 def evaluate(cfg: Config, *, force: bool = False, progress: Progress | None = None) -> Evaluation:
@@ -160,71 +112,6 @@ def evaluate(cfg: Config, *, force: bool = False, progress: Progress | None = No
     return evaluation
 
 
-def check(cfg: Config) -> tuple[RunConfig, BaseTask]:
-    """Check the recipe as far as that needs neither data nor weights, and build its task.
-
-    Raises:
-        ConfigError: an unknown key, a wrong value, a model, task or data set that is not there.
-        DataError: files of the data sets that are neither here nor known where to fetch.
-    """
-    task = setup_task(cfg)
-    run = lavis_run_config(cfg, type(task))
-    if not splits_of(run):
-        raise ConfigError("The recipe names no split to evaluate; set run.test_splits, for example [val].")
-    if not cfg.datasets_cfg:
-        raise ConfigError("The recipe has no datasets; name one, for example `datasets: {coco_caption: {...}}`.")
-    section = cfg.model_cfg
-    if section.get("path") is not None:
-        chat_section(cfg)
-    elif section.get("arch") is None:
-        raise ConfigError(
-            "The recipe names no model: model.arch and model.model_type of a registered one, or model.path, a folder "
-            "or hub id that `lavish.load` opens."
-        )
-    else:
-        registry.get_model_class(section.arch)
-    for name, dataset in evaluated_only(cfg, splits_of(run)).datasets_cfg.items():
-        registry.get_builder_class(str(name))(dataset).check()
-    resolve_device(run.device)
-    return run, task
-
-
-def splits_of(run: RunConfig) -> list[str]:
-    """Name the splits to evaluate."""
-    return list(run.test_splits or run.valid_splits)
-
-
-def evaluated_only(cfg: Config, splits: Sequence[str]) -> Config:
-    """Give the recipe without the annotations of other splits, so that none of them is fetched or read.
-
-    Raises:
-        ConfigError: a data set without one of the splits.
-    """
-    pruned = copy.deepcopy(cfg)
-    for name, section in pruned.datasets_cfg.items():
-        annotations = OmegaConf.select(section, "build_info.annotations")
-        if not annotations:
-            continue  # a builder that knows its files without them
-        for split in splits:
-            if annotations.get(split) is None:
-                known = ", ".join(str(key) for key in annotations if key in SPLITS)
-                raise ConfigError(f"datasets.{name} has no split {split!r} (run.test_splits). Its splits: {known}.")
-        for split in SPLITS:
-            if split in annotations and split not in splits:
-                annotations[split] = None
-    return pruned
-
-
-def chat_section(cfg: Config) -> LoadedModel:
-    """Read the section `model` of a model that `lavish.load` opens; what a registered model would need is left out."""
-    plain: Any = OmegaConf.to_container(cfg.model_cfg, resolve=True)
-    if plain.get("arch") is not None:
-        logger.warning("model.path is evaluated; model.arch %r of the recipe is not.", plain["arch"])
-        known = LoadedModel.__dataclass_fields__
-        plain = {name: value for name, value in plain.items() if name in known}
-    return configs.check(plain, LoadedModel, "model")
-
-
 def start_processes(run: RunConfig) -> torch.device:
     """Join the processes of torchrun, and give the device of this one."""
     if run.num_threads:
@@ -235,49 +122,6 @@ def start_processes(run: RunConfig) -> torch.device:
         torch.cuda.set_device(device)
     dist.start(device.type)
     return device
-
-
-def begin_folder(cfg: Config, rows: Rows, *, force: bool) -> None:
-    """Save the recipe into the folder, or check that it is the one that was evaluated there before.
-
-    Raises:
-        ConfigError: it is another one.
-    """
-    path = rows.folder / CONFIG_FILE
-    if path.exists():
-        before, now = recipe_of(configs.load_yaml(path)), recipe_of(cfg.get_config())
-        changed = sorted(key for key in before | now if before.get(key) != now.get(key))
-        if changed and not force:
-            shown = "; ".join(
-                f"{key}: {before.get(key, 'not set')!r} -> {now.get(key, 'not set')!r}" for key in changed
-            )
-            raise ConfigError(
-                f"{rows.folder} holds the results of another recipe ({shown}). Set another run.output_dir, or start "
-                "anew with --force, which deletes them."
-            )
-        if changed:
-            rows.clear()
-    configs.save(cfg.get_config(), path)
-
-
-def recipe_of(config: Any) -> dict[str, Any]:
-    """Give the keys of a recipe that decide what it gives, flat."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, Mapping) and value:
-            for name, part in value.items():
-                walk(part, f"{key}.{name}" if key else str(name))
-        elif key.removeprefix("run.") not in ANYHOW or not key.startswith("run."):
-            flat[key] = value
-
-    walk(OmegaConf.to_container(OmegaConf.create(config), resolve=True), "")
-    return flat
-
-
-def config_sha256(config: Any) -> str:
-    """Give the digest of a recipe, of what decides what it gives."""
-    return hashlib.sha256(json.dumps(recipe_of(config), sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Job:
@@ -531,49 +375,6 @@ def as_lists(samples: Sequence[Any]) -> dict[str, list[Any]]:
     """Make a batch of lists: pictures stay pictures, each of its own size."""
     kept = [sample for sample in samples if sample is not None]
     return {key: [sample[key] for sample in kept] for key in kept[0]}
-
-
-def summary_of(result: SplitResult, task: BaseTask) -> dict[str, Any]:
-    """Give what metrics.json says of a split."""
-    summary: dict[str, Any] = {
-        "num_samples": result.num_samples,
-        "higher_is_better": task.higher_is_better,
-    }
-    if result.metrics is not None and (result.scores or not isinstance(task, ScoredTask)):
-        summary["agg_metrics"] = result.metrics.get("agg_metrics")
-    if result.scores is None:
-        is_scored = bool(result.metrics) and not isinstance(task, ScoredTask)
-        summary["metrics"] = {name: {"value": value} for name, value in (result.metrics or {}).items() if is_scored}
-        leaderboard = f"{RESULT_FOLDER}_leaderboard_{result.split}.json"
-        summary["notes"] = [] if is_scored else [f"Not scored; {leaderboard} is the file for its leaderboard."]
-        return summary
-    scores = result.scores
-    summary["headline"] = scores.headline
-    summary["metrics"] = {name: value_of(measure) for name, measure in scores.measures.items()}
-    summary["metrics"] |= {name: {"value": value} for name, value in scores.values.items()}
-    summary["groups"] = {name: value_of(measure) for name, measure in scores.groups.items()}
-    summary["notes"] = scores.notes
-    return summary
-
-
-def value_of(measure: Measure) -> dict[str, Any]:
-    """Give a value with its interval and the number of samples."""
-    return {"value": measure.value, "interval": list(measure.interval()), "num_samples": len(measure.stats)}
-
-
-def statistics_of(result: SplitResult) -> dict[str, Any]:
-    """Give what a comparison needs of a split: the statistics of each sample."""
-    assert result.scores is not None  # asked of the caller
-    measures = {
-        name: {
-            "formula": measure.formula,
-            "scale": measure.scale,
-            "higher_is_better": measure.higher_is_better,
-            "stats": measure.stats.tolist(),
-        }
-        for name, measure in result.scores.measures.items()
-    }
-    return {"samples": [sorted(index for *_, index in keys_of(row)) for row in result.rows], "measures": measures}
 
 
 def _place(row: Row) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lavish.common.errors import ConfigError, DataError
-from lavish.runners.evaluation import METRICS_FILE, STATISTICS_FILE
+from lavish.runners.evaluation_summary import METRICS_FILE, STATISTICS_FILE
 from lavish.tasks.metrics.measure import Difference, Measure, compare
 
 

@@ -1,0 +1,176 @@
+"""The recipe of an evaluation: read, checked as far as that needs neither data nor weights, and kept in its folder."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lavish.checkpoints.placement import resolve_device
+from lavish.common import config as configs
+from lavish.common.config import Config
+from lavish.common.errors import ConfigError
+from lavish.common.registry import registry
+from lavish.datasets.builders.base_dataset_builder import SPLITS
+from lavish.runners.evaluation_rows import Rows
+from lavish.runners.schema import RunConfig, lavis_run_config
+from lavish.tasks import setup_task
+from lavish.tasks.base_task import BaseTask
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+ANYHOW = (
+    *("output_dir", "device", "num_workers", "num_threads", "batch_size_eval", "batch_size_train", "log_freq"),
+    *("world_size", "dist_url", "distributed", "use_dist_eval_sampler"),
+)
+"""Keys of `run` that change how an evaluation runs, and not what it gives."""
+
+
+@dataclass
+class LoadedModel:
+    """The section `model` of an evaluation of any model that `lavish.load` opens."""
+
+    path: str
+    """Folder, file or hub id."""
+    dtype: str = "auto"
+    """As of `lavish.load`, and so are the next."""
+    quantization: str | None = None
+    adapter: str | None = None
+    base: str | None = None
+    tokenizer: str | None = None
+    config: str | dict[str, Any] | None = None
+    revision: str | None = None
+    rope: str | None = None
+    pieces: dict[str, str] = field(default_factory=dict)
+    """Parts of the release that are elsewhere, by name."""
+    ask: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """How questions are put, by kind: {vqa: {text: "{question} Answer briefly."}}."""
+
+
+def open_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> Config | None:
+    """Read a recipe; None where its task scores models of `lavish.load` by itself, as `scenes` does.
+
+    Raises:
+        ConfigError: a file that is no recipe, an unknown task, or whatever `Config` finds wrong.
+    """
+    merged = configs.merge(configs.load_yaml(path), configs.parse_overrides(overrides))
+    name = OmegaConf.select(merged, "run.task")
+    if name and registry.get_task_class(name).scores_loaded_models:
+        return None
+    return Config(path, overrides)
+
+
+def check(cfg: Config) -> tuple[RunConfig, BaseTask]:
+    """Check the recipe as far as that needs neither data nor weights, and build its task.
+
+    Raises:
+        ConfigError: an unknown key, a wrong value, a model, task or data set that is not there.
+        DataError: files of the data sets that are neither here nor known where to fetch.
+    """
+    task = setup_task(cfg)
+    run = lavis_run_config(cfg, type(task))
+    if not splits_of(run):
+        raise ConfigError("The recipe names no split to evaluate; set run.test_splits, for example [val].")
+    if not cfg.datasets_cfg:
+        raise ConfigError("The recipe has no datasets; name one, for example `datasets: {coco_caption: {...}}`.")
+    section = cfg.model_cfg
+    if section.get("path") is not None:
+        chat_section(cfg)
+    elif section.get("arch") is None:
+        raise ConfigError(
+            "The recipe names no model: model.arch and model.model_type of a registered one, or model.path, a folder "
+            "or hub id that `lavish.load` opens."
+        )
+    else:
+        registry.get_model_class(section.arch)
+    for name, dataset in evaluated_only(cfg, splits_of(run)).datasets_cfg.items():
+        registry.get_builder_class(str(name))(dataset).check()
+    resolve_device(run.device)
+    return run, task
+
+
+def splits_of(run: RunConfig) -> list[str]:
+    """Name the splits to evaluate."""
+    return list(run.test_splits or run.valid_splits)
+
+
+def evaluated_only(cfg: Config, splits: Sequence[str]) -> Config:
+    """Give the recipe without the annotations of other splits, so that none of them is fetched or read.
+
+    Raises:
+        ConfigError: a data set without one of the splits.
+    """
+    pruned = copy.deepcopy(cfg)
+    for name, section in pruned.datasets_cfg.items():
+        annotations = OmegaConf.select(section, "build_info.annotations")
+        if not annotations:
+            continue  # a builder that knows its files without them
+        for split in splits:
+            if annotations.get(split) is None:
+                known = ", ".join(str(key) for key in annotations if key in SPLITS)
+                raise ConfigError(f"datasets.{name} has no split {split!r} (run.test_splits). Its splits: {known}.")
+        for split in SPLITS:
+            if split in annotations and split not in splits:
+                annotations[split] = None
+    return pruned
+
+
+def chat_section(cfg: Config) -> LoadedModel:
+    """Read the section `model` of a model that `lavish.load` opens; what a registered model would need is left out."""
+    plain: Any = OmegaConf.to_container(cfg.model_cfg, resolve=True)
+    if plain.get("arch") is not None:
+        logger.warning("model.path is evaluated; model.arch %r of the recipe is not.", plain["arch"])
+        known = LoadedModel.__dataclass_fields__
+        plain = {name: value for name, value in plain.items() if name in known}
+    return configs.check(plain, LoadedModel, "model")
+
+
+def begin_folder(cfg: Config, rows: Rows, *, force: bool) -> None:
+    """Save the recipe into the folder, or check that it is the one that was evaluated there before.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    path = rows.folder / CONFIG_FILE
+    if path.exists():
+        before, now = recipe_of(configs.load_yaml(path)), recipe_of(cfg.get_config())
+        changed = sorted(key for key in before | now if before.get(key) != now.get(key))
+        if changed and not force:
+            shown = "; ".join(
+                f"{key}: {before.get(key, 'not set')!r} -> {now.get(key, 'not set')!r}" for key in changed
+            )
+            raise ConfigError(
+                f"{rows.folder} holds the results of another recipe ({shown}). Set another run.output_dir, or start "
+                "anew with --force, which deletes them."
+            )
+        if changed:
+            rows.clear()
+    configs.save(cfg.get_config(), path)
+
+
+def recipe_of(config: Any) -> dict[str, Any]:
+    """Give the keys of a recipe that decide what it gives, flat."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, Mapping) and value:
+            for name, part in value.items():
+                walk(part, f"{key}.{name}" if key else str(name))
+        elif key.removeprefix("run.") not in ANYHOW or not key.startswith("run."):
+            flat[key] = value
+
+    walk(OmegaConf.to_container(OmegaConf.create(config), resolve=True), "")
+    return flat
+
+
+def config_sha256(config: Any) -> str:
+    """Give the digest of a recipe, of what decides what it gives."""
+    return hashlib.sha256(json.dumps(recipe_of(config), sort_keys=True, default=str).encode()).hexdigest()
