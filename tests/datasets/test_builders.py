@@ -307,8 +307,10 @@ def test_configs_of_files(tmp_path: Path, cache: Path) -> None:
 def test_a_url_that_is_a_path_is_read_in_its_place(tmp_path: Path, cache: Path) -> None:
     zoo_files.write(tmp_path / "mine.json", zoo_files.captions())
     train = {"url": str(tmp_path / "mine.json"), "storage": "coco/annotations/never.json"}
-    made = builder(cfg={"data_type": "images", "build_info": {"annotations": {"train": train}}})
-    assert len(made.build_datasets()["train"]) == 3
+    for url in (train["url"], (tmp_path / "mine.json").as_uri()):
+        annotations = {"train": {**train, "url": url}}
+        made = builder(cfg={"data_type": "images", "build_info": {"annotations": annotations}})
+        assert len(made.build_datasets()["train"]) == 3
     assert not (cache / "coco/annotations/never.json").exists()
 
 

@@ -618,6 +618,11 @@ def test_places_that_are_wrong(tmp_path: Path) -> None:
         open_data(tmp_path / "nothing.json")
     with pytest.raises(DataError, match="a folder of no form"):
         open_data(tmp_path)
+    with pytest.raises(DataError, match="'coco_vqa' is a data set by name; `lavish data list`"):
+        open_data("coco_vqa")
+    write(tmp_path / "train.json", [])
+    with pytest.raises(DataError, match=r"trian\.json: no such file or folder\. Did you mean 'train\.json'"):
+        open_data(tmp_path / "trian.json")
     write(tmp_path / "rows.json", [ROWS["ShareGPT"][1]])
     with pytest.raises(ConfigError, match=r"format 'lava' is unknown\. Did you mean 'llava'"):
         open_data(tmp_path / "rows.json", "lava")

@@ -115,3 +115,12 @@ def test_wrong_items() -> None:
         processor("blip_image_eval")("photo.jpg")
     with pytest.raises(ConfigError, match="takes a text, not 3"):
         processor("blip_caption")(3)
+
+
+def test_a_processor_by_name():
+    from lavish.processors import load_processor
+
+    assert load_processor("blip_caption", {"prompt": "a "})("Red Dog.") == "a red dog"
+    assert load_processor("blip_question")("What?!") == "what?"
+    with pytest.raises(ConfigError, match="Did you mean 'blip_caption'"):
+        load_processor("blip_captoin")

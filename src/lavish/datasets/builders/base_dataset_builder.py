@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import unquote, urlsplit
 
 from lavish.checkpoints.download import cache_folder, fetch, is_url, offline
 from lavish.common import dist
@@ -203,7 +204,8 @@ class BaseDatasetBuilder:
                 raise ConfigError(f"{where}.storage has an empty path.")
             path = self.storage_path(place)
             if url is not None and not is_url(url):  # LAVIS copies such a file; here it is read where it is
-                path, url = path if path.is_file() else Path(url), None
+                here = Path(unquote(urlsplit(url).path)) if url.startswith("file://") else Path(url)
+                path, url = path if path.is_file() else here, None
             files.append(AnnotationFile(split, path, url, md5))
         return files
 

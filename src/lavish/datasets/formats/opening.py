@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lavish.common.errors import ConfigError, DataError, did_you_mean, shown
+from lavish.common.registry import registry
 from lavish.datasets.datasets.annotations import json_lines, read_annotations, read_json, read_text
 from lavish.datasets.formats import coco, folders, records, tables
 from lavish.datasets.formats.samples import Options, Pictures, Sample
@@ -99,7 +100,7 @@ def open_data(
     if place.is_dir():
         return _folder(place, format, options, streaming)
     if not place.is_file():
-        raise DataError(f"{name}: no such file or folder.")
+        raise DataError(f"{name}: no such file or folder.{_nearest(name, place)}")
     if format == "hf" or place.suffix == ".parquet":
         return _table(place, options, streaming)
     if place.suffix == ".p":
@@ -108,6 +109,13 @@ def open_data(
 
 
 # -- what it is
+
+
+def _nearest(name: str, place: Path) -> str:
+    """Say what may have been meant by a name that is no file."""
+    if name in registry.list_datasets():
+        return f" {name!r} is a data set by name; `lavish data list` shows those, and what of them is here."
+    return did_you_mean(place.name, (path.name for path in place.parent.glob("*")))
 
 
 def _file(path: Path, format: str | None, options: Options) -> Source:
