@@ -1,6 +1,7 @@
 """DDP and FSDP2 on two gloo processes: the losses of one process, real shares, checkpoints that any engine reads."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ import torch
 from test_distributed import run_on_two
 from toy_task import config, runner
 
-from lavish.common.errors import ConfigError
+from lavish.common.errors import ConfigError, MissingDependency
+from lavish.runners import RunnerBase
+from lavish.runners.deepspeed_engine import read_settings
+from lavish.runners.engines import FSDP2Engine, build_engine
 
 CHANGES = {"optimizer": "adamw", "batch_size_train": 2, "accum_grad_iters": 2, "log_freq": 1, "save_freq": 5}
 DEPTH = 3
@@ -34,7 +38,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(folder)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+DEEPSPEED = pytest.param("deepspeed", marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed"))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", DEEPSPEED])
 def test_two_processes_have_the_losses_of_one(tmp_path: Path, straight: list[float], engine: str) -> None:
     told = shared(tmp_path, 20, engine=engine, lr_sched="constant_lr")
     assert losses(tmp_path) == pytest.approx(straight, rel=1e-5)
@@ -43,6 +50,8 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path, straight: list[flo
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in whole.model.parameters())
     for kind, times in (("weights", 1), ("optimizer", 2)):
         own = [process["own_bytes"][kind] for process in told]
+        if engine == "deepspeed":
+            continue  # ZeRO-2 keeps its states in tensors of its own
         if engine == "fsdp2":
             assert sum(own) == times * num_bytes, f"{kind}: each element is in one process"
             assert max(own) < 0.75 * times * num_bytes
@@ -85,8 +94,44 @@ def test_one_process_has_nothing_to_share_with(tmp_path: Path) -> None:
         alone(tmp_path, 1, engine="fsdp2")
 
 
-def test_muon_needs_whole_matrices(tmp_path: Path) -> None:
-    from lavish.runners.engines import FSDP2Engine
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_absent_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MissingDependency, match=r"pip install 'lavish\[deepspeed\]'.*fsdp2"):
+        build_engine(config(tmp_path, engine="deepspeed"), torch.device("cpu"))
 
+
+def test_deepspeed_settings(tmp_path: Path) -> None:
+    path = tmp_path / "zero3.json"
+    path.write_text('{"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}')
+    run = config(tmp_path, deepspeed_config=str(path), batch_size_train=3, max_grad_norm=0.5)
+    settings = read_settings(run)
+    assert settings["zero_optimization"] == {"stage": 3}
+    assert (settings["train_micro_batch_size_per_gpu"], settings["gradient_clipping"]) == (3, 0.5)
+    assert "train_batch_size" not in settings
+    path.write_text('{"optimizer": {"type": "Adam"}}')
+    with pytest.raises(ConfigError, match="optimizer follows from the recipe"):
+        read_settings(run)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        read_settings(run)
+
+
+def test_the_runner_of_mpp_is_a_name() -> None:
+    from lavish.common.registry import registry
+
+    assert issubclass(registry.get_runner_class("deepspeed_runner"), RunnerBase)
+
+
+def test_muon_needs_whole_matrices(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs them whole; use ddp"):
         FSDP2Engine(config(tmp_path), torch.device("cpu")).prepare(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
+def test_deepspeed_goes_on_from_one_process_and_back(tmp_path: Path, straight: list[float]) -> None:
+    constant = {"lr_sched": "constant_lr"}
+    alone(tmp_path, 5, **constant)
+    shared(tmp_path, 10, engine="deepspeed", **constant)
+    alone(tmp_path, 20, **constant)
+    assert losses(tmp_path) == pytest.approx(straight, rel=1e-5)

@@ -141,7 +141,9 @@ def main() -> None:
     toy.train()
     seen = toy.dataset.seen  # type: ignore[attr-defined]
     if dist.world_size() > 1:
-        print(json.dumps({"rank": dist.rank(), "seen": seen, "own_bytes": own_bytes(toy)}))
+        held = own_bytes(toy)
+        toy.engine.make_whole(toy.model)
+        print(json.dumps({"rank": dist.rank(), "seen": seen, "own_bytes": held}))
     else:
         print(json.dumps({"step": toy.step, "samples": toy.num_samples}))
 

@@ -87,6 +87,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "vqa": "lavish.tasks.vqa:VQATask",
     },
     "runner": {
+        "deepspeed_runner": "lavish.runners.deepspeed_runner:DeepSpeedRunner",
         "runner_base": "lavish.runners.runner_base:RunnerBase",
         "runner_iter": "lavish.runners.runner_iter:RunnerIter",
     },

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,9 @@ from lavish.runners.schema import RunConfig
 MODEL_FILE, SHARDS = "model.safetensors", "shards"
 CALLED_BESIDES_FORWARD = ("generate", "predict_answers", "predict_class", "extract_features", "predict", "rank_answers")
 """Methods of registered models that compute with the weights, as `forward` does."""
+
+
+BuildOptimizer = Callable[[nn.Module], OptimizerGroup]
 
 
 class Mismatch(ValueError):
@@ -58,6 +61,11 @@ class Engine:
     def __init__(self, run: RunConfig, device: torch.device):
         self.run, self.device = run, device
 
+    def start(self, model: nn.Module, build: BuildOptimizer) -> tuple[nn.Module, OptimizerGroup]:
+        """Put the module where it is trained; give what is called in its place, and the optimizer of its weights."""
+        called = self.prepare(model)
+        return called, build(model)
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Put the module where it is trained, and give what is called in its place."""
         return model.to(self.device)
@@ -75,8 +83,8 @@ class Engine:
         """Compute the gradients of a pass."""
         loss.backward()
 
-    def clip(self, model: nn.Module, max_norm: float) -> float:
-        """Clip the gradients to a norm over all of them, and give what it was."""
+    def clip(self, model: nn.Module, max_norm: float) -> float | None:
+        """Clip the gradients to a norm over all of them, and give what it was; None where it is not known yet."""
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         # A sharded norm is a DTensor.
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -335,13 +343,17 @@ def build_engine(run: RunConfig, device: torch.device) -> Engine:
     Raises:
         ConfigError: an engine of several processes with one.
     """
-    if run.engine == "fsdp2":
+    if run.engine in ("fsdp2", "deepspeed"):
         if dist.world_size() == 1:
             raise ConfigError(
-                "run.engine fsdp2 shares weights among processes, and there is one; start it with "
+                f"run.engine {run.engine} shares weights among processes, and there is one; start it with "
                 "python -m torch.distributed.run --nproc_per_node=N -m lavish train ..., or leave run.engine out."
             )
-        return FSDP2Engine(run, device)
+        if run.engine == "fsdp2":
+            return FSDP2Engine(run, device)
+        from lavish.runners.deepspeed_engine import DeepSpeedEngine  # which stands on this module
+
+        return DeepSpeedEngine(run, device)
     if dist.world_size() > 1:
         return DDPEngine(run, device)
     return Engine(run, device)

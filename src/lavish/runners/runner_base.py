@@ -88,7 +88,7 @@ class RunnerBase:
         progress: Progress | None = None,
     ):
         self.config = None if isinstance(cfg, RunConfig) else cfg
-        self.run: RunConfig = cfg if isinstance(cfg, RunConfig) else lavis_run_config(cfg, type(task))
+        self.run = self.typed(cfg, type(task))
         run = self.run
         self.task, self.datasets, self.progress = task, by_name(datasets), progress
         self.parts = self._training_sets()
@@ -107,9 +107,7 @@ class RunnerBase:
         self.engine = build_engine(run, self.device)
         if run.activation_checkpointing:
             checkpoint_activations(model)
-        self.called = self.engine.prepare(model)
-        """The module as it is called: the model itself, or the engine's wrapper of it."""
-        self.optimizer = build_optimizer(self.model, run)
+        self.called, self.optimizer = self.engine.start(model, lambda module: build_optimizer(module, run))
         self.average = WeightAverage(self.model, run.ema_decay) if run.ema_decay else None
         self.board: Board | None = None
         self.step, self.lr = 0, 0.0
@@ -124,6 +122,10 @@ class RunnerBase:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return peak_resident_bytes()
+
+    def typed(self, cfg: Any, task_class: type) -> RunConfig:
+        """Give the typed run config."""
+        return cfg if isinstance(cfg, RunConfig) else lavis_run_config(cfg, task_class)
 
     # -- how many, and which samples
 
@@ -287,7 +289,8 @@ class RunnerBase:
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
         self._add_up(sums)
         if self.run.max_grad_norm > 0:
-            sums["grad_norm"] = self.engine.clip(self.model, self.run.max_grad_norm)
+            norm = self.engine.clip(self.model, self.run.max_grad_norm)
+            sums |= {} if norm is None else {"grad_norm": norm}
         self._check_finite(sums, seen)
         self.optimizer.step()
         self.optimizer.zero_grad()
