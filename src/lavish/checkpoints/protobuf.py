@@ -7,21 +7,19 @@ the encoding's public description (protobuf.dev, "Encoding"). Groups, which prot
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MAX_VARINT_BYTES = 10
-MAX_FIELDS = 500_000
-"""Fields of one file: 50 times those of a CogVLM2 with its optimizer, and a second's walk."""
+MAX_FIELDS = 200_000
+"""Fields of one file: 20 times those of a CogVLM2, whose optimizer may be in it too, and a third of a second's walk."""
 
 
 class WireError(Exception):
     """Bytes that are no field; the caller says of which file."""
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(NamedTuple):
     """One field: its number, and its value or where its bytes lie."""
 
     number: int
