@@ -135,6 +135,16 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"image": "a.png", "conversations": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]},
         ONE,
     ),
+    "a picture of a message, as GLM-4's demo has it": (
+        "messages",
+        {"messages": [{"role": "user", "image": "a.png", "content": Q}, {"role": "assistant", "content": A}]},
+        ONE,
+    ),
+    "ms-swift": (
+        "swift",
+        {"system": "Be short.", "query": "Sure?", "response": "Yes.", "history": [[Q, A]], "images": ["a.png"]},
+        ["system: Be short.", *ONE, "user: Sure?", "assistant: Yes."],
+    ),
     "LLaVA": (
         "llava",
         {
@@ -238,6 +248,17 @@ def test_rows(name: str, suffix: str, tmp_path: Path) -> None:
     assert sample["id"] == str(row.get("id", row.get("question_id", f"rows{suffix}, row 1")))
     if "v.mp4" not in str(row):
         assert check_data(source).is_good
+
+
+def test_the_conversations_of_glm4v_fixture() -> None:
+    """Rows that are lists of messages."""
+    folder = Path(__file__).resolve().parents[1] / "fixtures" / "glm4v" / "open" / "inputs"
+    source = open_data(folder / "finetune.json")
+    assert source.format == "messages"
+    first, second = samples(source)
+    assert flat(first)[0] == "user: [img0.png] 图片中的动物是什么？"
+    assert flat(second) == ["user: How many objects are there?", "assistant: There are 3 objects."]
+    assert check_data(source).is_good
 
 
 def test_boxes_are_kept_for_evaluation(tmp_path: Path) -> None:
@@ -550,6 +571,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "instructions that do not pair up": ({"instruction": ["a", "b"], "output": ["c"]}, "2 instructions and 1 outputs"),
     "an instruction that is no text": ({"instruction": 3, "output": "c"}, "instruction is 3"),
     "a picture without its place": ({"image": "a.png", "instruction": "a", "output": "c"}, "1 pictures or videos"),
+    "a history that is none": ({"query": Q, "response": A, "history": [Q]}, "history holds 'What colour?'; pairs"),
     "a caption that is none": ({"image": "a.png", "caption": " "}, "caption is ' '"),
     "a question without a picture": ({"question": Q, "answer": A}, "names no picture"),
     "an answer that is none": ({"image": "a.png", "question": Q, "answer": []}, "the answer is []"),
@@ -581,6 +603,7 @@ def test_wrong_rows_are_told_by_their_number(name: str, tmp_path: Path) -> None:
         "expression": ROWS["RefCOCO"][1],
         "conversations": ROWS["LLaVA"][1],
         "messages": ROWS["messages with parts"][1],
+        "query": ROWS["ms-swift"][1],
     }
     keys = set(row) if isinstance(row, dict) else set()
     keys = {"captions"} if keys == {"image", "caption"} else keys

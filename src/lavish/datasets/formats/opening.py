@@ -152,7 +152,8 @@ def _listed(loaded: Any, path: Path) -> coco.Rows:
 
 def _kind_of_rows(rows: Sequence[tuple[str, Any]], path: str) -> str:
     """Name the kind of the first row that has one: later rows that differ are told one by one."""
-    for _, row in rows[:100]:
+    for _, value in rows[:100]:
+        row = records.as_row(value)
         if isinstance(row, Mapping) and (kind := records.kind_of(row)) is not None:
             return kind
     first = rows[0][1]
@@ -182,7 +183,7 @@ class Converter:
     """What makes a row of what the file has."""
 
     def __call__(self, row: Any) -> Sample:
-        record = row if self.before is None else self.before(row)
+        record = records.as_row(row if self.before is None else self.before(row))
         if not isinstance(record, Mapping):
             raise DataError(f"{shown(record)} where an object is expected.")
         if "fault" in record:

@@ -1,8 +1,9 @@
 """Rows that are objects: conversations, instructions, captions, questions, phrases with boxes.
 
 `kind_of` tells by a row's fields which of `KINDS` it is. Sources of the forms: haotian-liu/LLaVA, docs/Finetune_Custom_
-Data.md; Coobiw/MPP-LLaVA, README; THUDM/CogVLM2, finetune_demo; salesforce/LAVIS's annotation files; Hugging Face's
-HuggingFaceM4/the_cauldron (`texts`); RefCOCO as rows of picture, expression and box.
+Data.md; Coobiw/MPP-LLaVA, README; THUDM/CogVLM2 and THUDM/GLM-4, finetune_demo; salesforce/LAVIS's annotation files;
+HuggingFaceM4/the_cauldron on Hugging Face (`texts`); modelscope/ms-swift, docs/source_en/Customization/Custom-dataset.md
+(`query`); RefCOCO as rows of picture, expression and box.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ class Kind:
     """What a row has, for people."""
     is_it: Callable[[Mapping[str, Any]], bool]
     convert: Convert
+
+
+def as_row(value: Any) -> Any:
+    """Give a row as an object: a list of messages is one too."""
+    if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
+        return {"messages" if "role" in value[0] else "conversations": value}
+    return value
 
 
 def kind_of(row: Mapping[str, Any]) -> str | None:
@@ -76,9 +84,12 @@ def messages_sample(row: Mapping[str, Any], pictures: Pictures, options: Options
         raise DataError(f"the messages are {shown(turns)}; a list of objects with role and content is expected.")
     spoken = []
     for turn in turns:
-        content = need(turn, "content")
+        content, own = need(turn, "content"), media_of(turn, pictures)
         if isinstance(content, list):
             content = [_part(part, pictures) for part in content]
+        elif own:  # GLM-4's: a message names its picture
+            text = [{"type": "text", "text": content}] if content else []
+            content = [*({"type": kind, kind: source} for kind, source in own), *text]
         spoken.append((speaker(need(turn, "role")), content))
     named = media_of(row, pictures)
     if any(isinstance(content, list) for _, content in spoken):
@@ -132,6 +143,19 @@ def _value(turn: Mapping[str, Any]) -> str:
     if not isinstance(value, str):
         raise DataError(f"value is {shown(value)}; a text is expected.")
     return value
+
+
+def query_sample(row: Mapping[str, Any], pictures: Pictures, options: Options) -> Sample:
+    """ms-swift: `query` and `response`, before them pairs in `history`; `<image>` where a picture stands."""
+    pairs = [*listed(row.get("history")), [row.get("query"), need(row, "response")]]
+    spoken: list[tuple[str, Any]] = []
+    for one in pairs:
+        if not isinstance(one, list | tuple) or len(one) != 2:
+            raise DataError(f"history holds {shown(one)}; pairs of a question and its answer are expected.")
+        spoken += [("user", _text(one[0], "query")), ("assistant", _text(one[1], "response"))]
+    if isinstance(row.get("system"), str) and row["system"]:
+        spoken.insert(0, ("system", row["system"]))
+    return {"messages": converse(spoken, PLACES, media_of(row, pictures), first_if_no_place=True)}
 
 
 def texts_sample(row: Mapping[str, Any], pictures: Pictures, options: Options) -> Sample:
@@ -287,9 +311,15 @@ KINDS: dict[str, Kind] = {
     ),
     "sharegpt": Kind("`conversations` of `from` and `value`, without pictures", _is_spoken, spoken_sample),
     "messages": Kind(
-        "`messages` of `role` and `content`; pictures as parts, or in `images` with `<image>` in the text",
+        "`messages` of `role` and `content` (or a row is such a list); pictures as parts, as `image` of a message, or "
+        "in `images` with `<image>` in the text",
         lambda row: "messages" in row or bool(_turns(row)),
         messages_sample,
+    ),
+    "swift": Kind(
+        "`query` and `response`, maybe `history` of pairs, `images`; `<image>` in the text",
+        lambda row: "query" in row and "response" in row,
+        query_sample,
     ),
     "cauldron": Kind(
         "`images` and `texts` of `user` and `assistant`",
