@@ -254,6 +254,25 @@ def test_a_single_file_of_lavis(tmp_path: Path) -> None:
         convert(MINIGPT4, tmp_path / "one.pth", "lavis", pieces={"llm": LLM}, config=HEADS)
 
 
+def test_the_shards_of_deepspeed_become_a_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "global_step2").mkdir(parents=True)
+    (run / "latest").write_text("global_step2")
+    weights = {name: value.clone() for name, value in hf.read(V2).items()}
+    tree = {"module": weights, "dp_world_size": 1, "mp_world_size": 1, "ds_config": {}, "global_steps": 2}
+    torch.save(tree, run / "global_step2" / "mp_rank_00_model_states.pt")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(V2 / name, run)
+    with pytest.raises(ConfigError, match="hold no config"):
+        convert(run, tmp_path / "hf")
+    report = convert(run, tmp_path / "hf", config=V2 / "config.json", dtype="bf16", verify=True)
+    assert report.layout == "deepspeed"
+    fields = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert fields["torch_dtype"] == "bfloat16"
+    cast = lavish.load(V2, dtype="bfloat16", device="cpu")
+    assert_equal_weights(lavish.load(tmp_path / "hf", device="cpu"), cast)
+
+
 def test_sat_has_no_way_to_mindspore_and_the_message_says_what_has(tmp_path: Path) -> None:
     source = FIXTURES / "cogvlm_sat" / "open" / "checkpoint"
     with pytest.raises(ConfigError, match=r"a CogVLM v1, which MindFormers never had.* hf, sat"):

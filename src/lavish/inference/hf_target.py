@@ -83,9 +83,7 @@ def _computed(source: Source, outputs: list[Output]) -> tuple[list[Output], list
 def _config_text(source: Source, options: TargetOptions, outputs: list[Output]) -> bytes:
     if source.is_folder_of_release:
         file = source.folder / CONFIG
-        if not file.is_file():  # DeepSpeed's shards: the caller gave it
-            return _json({**source.fields, **({} if options.dtype is None else {"dtype": options.dtype})})
-        content = file.read_bytes()
+        content = file.read_bytes() if file.is_file() else _json(source.fields)  # DeepSpeed's shards: it was given
         fields = json.loads(content.decode("utf-8-sig"))
         changed = {**fields, **source.overrides}
         if options.dtype is not None:
