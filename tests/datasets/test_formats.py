@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import zoo_files
 from PIL import Image
+from video_clip import clip
 
 from lavish.common.errors import ConfigError, DataError, MissingDependency
 from lavish.datasets.formats import tables
@@ -239,15 +240,15 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 def test_rows(name: str, suffix: str, tmp_path: Path) -> None:
     kind, row, lines = ROWS[name]
     picture(tmp_path, "a.png", "b.png")
-    (tmp_path / "v.mp4").write_bytes(b"")
+    if "v.mp4" in str(row):
+        (tmp_path / "v.mp4").write_bytes(clip(3))
     source = open_data(write(tmp_path / f"rows{suffix}", [row]))
     assert source.format == kind
     assert (len(source), source.is_stream) == (1, False)
     (sample,) = samples(source)
     assert flat(sample) == lines
     assert sample["id"] == str(row.get("id", row.get("question_id", f"rows{suffix}, row 1")))
-    if "v.mp4" not in str(row):
-        assert check_data(source).is_good
+    assert check_data(source).is_good
 
 
 def test_the_conversations_of_glm4v_fixture() -> None:
@@ -674,6 +675,18 @@ def test_notes_and_counts(tmp_path: Path) -> None:
     assert report.notes == ["1 ids stand more than once, first '1' (2 times).", "no row has a picture or video."]
     assert (report.num_answers, report.num_characters) == (2, 2 * len(A))
     assert check_data(open_data(tmp_path / "rows.json"), max_rows=1).num_rows == 1
+
+
+def test_a_damaged_video(tmp_path: Path) -> None:
+    (tmp_path / "good.mp4").write_bytes(clip(3))
+    (tmp_path / "v.mp4").write_bytes(b"no video")
+    rows = [{"video": name, "messages": said("<video>?")} for name in ("good.mp4", "v.mp4", "v.mp4")]
+    source = open_data(write(tmp_path / "rows.json", rows))
+    report = check_data(source)
+    assert [where for where, _ in report.problems] == ["rows.json, row 2", "rows.json, row 3"]
+    assert "v.mp4" in report.problems[0][1]
+    assert report.num_videos == 3
+    assert check_data(source, quick=True).is_good
 
 
 def test_a_quick_check_leaves_pictures_closed(tmp_path: Path) -> None:

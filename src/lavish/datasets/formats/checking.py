@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from lavish.common.errors import DataError, LavishError, PromptError, shown
 from lavish.common.media import DEFAULT_LIMITS, MediaLimits, open_image
 from lavish.common.messages import Message, normalize, turns
+from lavish.common.video import read_frames
 from lavish.datasets.formats.opening import Source
 from lavish.datasets.formats.samples import Sample
 
@@ -67,7 +69,7 @@ def check_data(
         source: of `open_data`.
         processor: a chat processor: what it refuses is a problem too, and tokens are counted.
         max_length: most tokens of a sample, with a processor.
-        quick: pictures have to be there, and are not opened.
+        quick: pictures and videos have to be there, and are not opened.
         max_rows: look at so many rows only.
         max_problems: keep so many in the report; all are counted.
         limits: within which pictures have to be.
@@ -122,8 +124,8 @@ def problem_of(
             why = "nothing is learnt of it" if role == "assistant" else "it has no text and no picture"
             return f"message {empty[0]} (of the {role}) is empty: {why}."
         if limits is not None:
-            for _, source in _images(checked):
-                if (problem := _picture_problem(source, limits, opened)) is not None:
+            for kind, source in _media(checked):
+                if (problem := _media_problem(kind, source, limits, opened)) is not None:
                     return problem
     except PromptError as error:
         return str(error)
@@ -134,17 +136,22 @@ def _says(message: Message) -> bool:
     return bool(message.text().strip() or message.images() or message.videos())
 
 
-def _images(messages: list[Message]) -> list[tuple[int, Any]]:
-    return [(at, source) for at, message in enumerate(messages) for source in message.images()]
+def _media(messages: list[Message]) -> list[tuple[str, Any]]:
+    images = [("image", source) for message in messages for source in message.images()]
+    return images + [("video", source) for message in messages for source in message.videos()]
 
 
-def _picture_problem(source: Any, limits: MediaLimits, opened: dict[str, str | None] | None) -> str | None:
-    key = source if isinstance(source, str) and len(source) < 4096 else None
+def _media_problem(kind: str, source: Any, limits: MediaLimits, opened: dict[str, str | None] | None) -> str | None:
+    """Say why a picture or video cannot be opened, or None; videos are left closed where PyAV is not installed."""
+    key = f"{kind} {source}" if isinstance(source, str) and len(source) < 4096 else None
     if opened is not None and key in opened:
         return opened[key]
+    problem = None
     try:
-        open_image(source, limits=limits)
-        problem = None
+        if kind == "image":
+            open_image(source, limits=limits)
+        elif find_spec("av") is not None:
+            read_frames(source, 1)
     except LavishError as error:
         problem = str(error)
     if opened is not None and key is not None:
@@ -185,5 +192,7 @@ def _note(report: Report, seen: Counter[str]) -> None:
     if twice:
         name, count = twice[0]
         report.notes.append(f"{len(twice)} ids stand more than once, first {shown(name)} ({count} times).")
+    if report.num_videos and find_spec("av") is None:
+        report.notes.append("videos were not opened: that needs PyAV, pip install 'lavish[video]'.")
     if report.num_rows and not report.num_images and not report.num_videos:
         report.notes.append("no row has a picture or video.")

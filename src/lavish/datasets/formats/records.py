@@ -2,8 +2,8 @@
 
 `kind_of` tells by a row's fields which of `KINDS` it is. Sources of the forms: haotian-liu/LLaVA, docs/Finetune_Custom_
 Data.md; Coobiw/MPP-LLaVA, README; THUDM/CogVLM2 and THUDM/GLM-4, finetune_demo; salesforce/LAVIS's annotation files;
-HuggingFaceM4/the_cauldron on Hugging Face (`texts`); modelscope/ms-swift, docs/source_en/Customization/Custom-dataset.md
-(`query`); RefCOCO as rows of picture, expression and box.
+HuggingFaceM4/the_cauldron on Hugging Face (`texts`); modelscope/ms-swift, Custom-dataset.md (`query`). RefCOCO is rows
+of picture, expression and box.
 """
 
 from __future__ import annotations
