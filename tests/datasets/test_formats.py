@@ -387,6 +387,13 @@ def test_captchas(tmp_path: Path) -> None:
     ]
 
 
+def test_a_folder_with_the_data_and_their_pictures(tmp_path: Path) -> None:
+    picture(tmp_path)
+    write(tmp_path / "train.jsonl", [ROWS["LLaVA"][1]])
+    with pytest.raises(DataError, match=r"a folder of no form that lavish knows\. Name a file in it: train\.jsonl\."):
+        open_data(tmp_path)
+
+
 def test_vlm_learning(tmp_path: Path) -> None:
     picture(tmp_path / "pix", "x.jpg")
     names = {

@@ -32,7 +32,14 @@ def kind_of(folder: Path) -> str | None:
         return "hf"
     if any(path.suffix == ".tar" for path in folder.iterdir()):
         return "webdataset"
+    if data_files(folder):
+        return None
     return "named_images" if next(pictures_in(folder), None) is not None else None
+
+
+def data_files(folder: Path) -> list[str]:
+    """Name the files of a folder that may be the data themselves."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".jsonl", ".csv", ".tsv"))
 
 
 def cogvlm_rows(folder: Path) -> Rows:

@@ -203,7 +203,9 @@ def _folder(folder: Path, format: str | None, options: Options, streaming: bool)
     if kind == "webdataset":
         return _shards(str(folder), options)
     if kind not in folders.READERS:
-        raise DataError(f"{folder}: a folder of no form that lavish knows. {_known()}")
+        inside = folders.data_files(folder)
+        hint = f" Name a file in it: {', '.join(inside[:5])}." if inside else f" {_known()}"
+        raise DataError(f"{folder}: a folder of no form that lavish knows.{hint}")
     rows = folders.READERS[kind][1](folder)
     pictures = Pictures.beside(folder, options)
     if kind == "cogvlm_sft":
