@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lavish.checkpoints import hf
 from lavish.checkpoints.output import (
@@ -302,6 +303,30 @@ def test_a_change_of_dtype_looks_at_the_values() -> None:
     assert torch.equal(TargetOptions().cast("w", values[:3], "bfloat16"), values[:3].to(torch.bfloat16))
     with pytest.raises(CheckpointError, match="1 of 1 values do not fit float32"):
         TargetOptions().cast("w", torch.tensor([1e300], dtype=torch.float64), "float32")
+
+
+@pytest.mark.parametrize("to", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64"])
+def test_a_cast_in_pieces_is_torch_s(stored: str, to: str) -> None:
+    values = torch.randn(70, 1000, generator=torch.Generator().manual_seed(1)).to(getattr(torch, stored))
+    values[0, :4] = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0])
+    for given in (values, values[:, :3], values.t(), values[:0], values[0, 0]):
+        found = TargetOptions().cast("w", given, to)
+        assert torch.equal(found.nan_to_num(7.0), given.to(getattr(torch, to)).nan_to_num(7.0))
+
+
+def test_memory_is_lent_again_when_it_was_written(tmp_path: Path) -> None:
+    drawn = values(20)
+    save_file(drawn, tmp_path / "a.safetensors")
+    stored, options = hf.read(tmp_path / "a.safetensors"), TargetOptions(dtype="float64")
+    outputs = [options.take(name, stored, info, (name,)) for name, info in stored.infos.items()]
+    files, texts = safetensors_files(outputs, 4000)
+    write(tmp_path / "new", TargetPlan(files, texts))
+    assert all(torch.equal(hf.read(tmp_path / "new")[name], value.double()) for name, value in drawn.items())
+    first, second = options.spare.lend(800), options.spare.lend(800)
+    assert first.data_ptr() != second.data_ptr()
+    options.spare.take_back(first)
+    assert options.spare.lend(700).data_ptr() == first.data_ptr()
 
 
 def test_whole_numbers_and_flags_keep_their_dtype() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ only what the journal says to be on the disk counts, which is whole files."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Tells one run of the machine from the next, on Linux."""
 CHUNK_BYTES = 16 << 20
+CAST_NUMEL = 32_000
+"""Numbers that are cast at once: below what torch shares among threads, which wait for each other on busy cores."""
 CHECKED_NUMEL = 4 << 20
 """How many values are looked at together: torch needs as much memory again to look."""
 AHEAD_BYTES = 256 << 20
@@ -104,6 +107,35 @@ class TensorFile:
     format: Callable[[], Format]
 
 
+class Spare:
+    """Memory for the next tensor: the system takes longer to give new pages than a cast to fill them."""
+
+    MOST = 2
+    """One that is written, and the next that is made."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+        self._lock = Lock()
+
+    def lend(self, num_bytes: int) -> torch.Tensor:
+        """Give memory of so many bytes or more."""
+        import torch
+
+        with self._lock:
+            found = next((i for i, memory in enumerate(self._free) if memory.numel() >= num_bytes), None)
+            if found is not None:
+                return self._free.pop(found)
+            if self._free:  # too small: larger ones come instead
+                self._free.pop()
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def take_back(self, memory: torch.Tensor) -> None:
+        """Keep it for the next, where it is not large."""
+        with self._lock:
+            if len(self._free) < self.MOST and memory.numel() <= AHEAD_BYTES:
+                self._free.append(memory)
+
+
 @dataclass(frozen=True)
 class TargetOptions:
     """How a checkpoint is written."""
@@ -117,13 +149,18 @@ class TargetOptions:
     """Write the largest value in the place of one that does not fit the dtype."""
     clamped: dict[str, int] = field(default_factory=dict, compare=False)
     """Filled while tensors are made: name -> how many values were clamped."""
+    spare: Spare = field(default_factory=Spare, compare=False)
 
     def dtype_of(self, stored: str) -> str:
         """Give the dtype that a tensor is written in."""
         return self.dtype if self.dtype is not None and stored in FLOATS else stored
 
-    def cast(self, name: str, value: torch.Tensor, dtype: str) -> torch.Tensor:
+    def cast(
+        self, name: str, value: torch.Tensor, dtype: str, into: Callable[[int], torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Cast a tensor to a dtype (torch's name of it), and look whether its values fit.
+
+        `into` gives memory of so many bytes, where it need not be new.
 
         Raises:
             CheckpointError: they do not, and nobody asked for clamping.
@@ -133,8 +170,13 @@ class TargetOptions:
         to: torch.dtype = getattr(torch, dtype)
         if value.dtype == to:
             return value
-        made = value.to(to)
-        if torch.finfo(to).max >= torch.finfo(value.dtype).max:
+        num_bytes = value.numel() * to.itemsize
+        made = torch.empty(value.shape, dtype=to) if into is None else into(num_bytes).view(to).view(value.shape)
+        _cast_into(made, value)
+        if torch.finfo(to).max >= torch.finfo(value.dtype).max or not made.numel():
+            return made
+        low, high = (float(bound) for bound in made.aminmax())  # far faster than looking for infinities
+        if low > -math.inf and high < math.inf:  # NaN is neither
             return made
         parts = zip(made.reshape(-1).split(CHECKED_NUMEL), value.reshape(-1).split(CHECKED_NUMEL), strict=True)
         lost = sum(int((part.isinf() & ~source.isinf()).sum()) for part, source in parts)
@@ -171,16 +213,26 @@ class TargetOptions:
 
             return Output(name, info.shape, to, mapped, sources, release)
 
+        lent: list[torch.Tensor] = []
+
+        def memory(num_bytes: int) -> torch.Tensor:
+            lent.append(self.spare.lend(num_bytes))
+            return lent[-1][:num_bytes]
+
         def made() -> torch.Tensor:
             if isinstance(info, TensorInfo) and to != info.dtype:  # cast from the file: no copy in between
                 held = tensors.open(info.file)
                 held.fetch(info)
-                value = self.cast(name, held.tensor(info), to)
+                value = self.cast(name, held.tensor(info), to, memory)
                 held.forget(info)
                 return value
-            return self.cast(name, tensors.assemble(info), to)
+            return self.cast(name, tensors.assemble(info), to, memory)
 
-        return Output(name, info.shape, to, made, sources)
+        def give_back() -> None:
+            while lent:
+                self.spare.take_back(lent.pop())
+
+        return Output(name, info.shape, to, made, sources, give_back)
 
 
 @dataclass(frozen=True)
@@ -267,6 +319,18 @@ def safetensors_files(
         "weight_map": {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard},
     }
     return files, {f"{stem}.safetensors.index.json": json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"}
+
+
+def _cast_into(made: torch.Tensor, value: torch.Tensor) -> None:
+    """Cast with one thread, a few numbers at a time; from float16 to bfloat16 by way of float32, which is faster."""
+    import torch
+
+    if not value.is_contiguous():
+        made.copy_(value)
+        return
+    between = torch.empty(CAST_NUMEL) if (value.dtype, made.dtype) == (torch.float16, torch.bfloat16) else None
+    for to, source in zip(made.view(-1).split(CAST_NUMEL), value.view(-1).split(CAST_NUMEL), strict=True):
+        to.copy_(source if between is None else between[: len(source)].copy_(source))
 
 
 def data_of(tensor: torch.Tensor) -> memoryview:
