@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import Cache, DynamicCache, Qwen2Config
+from transformers import AutoModel, Cache, DynamicCache, PreTrainedConfig, Qwen2Config
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 
@@ -135,12 +135,14 @@ def ntk_alpha(num_tokens: int, seq_length: int) -> float:
     return float(2 ** math.ceil(math.log2(num_tokens / seq_length) + 1) - 1)
 
 
-def request_alphas(config: QwenConfig, num_tokens: Sequence[int]) -> tuple[float, ...] | None:
+def request_alphas(config: PreTrainedConfig, num_tokens: Sequence[int]) -> tuple[float, ...] | None:
     """Give the alpha of each row by the real tokens of its prompt; decode steps keep it. None: the config has no NTK.
 
     Trap: computed again while decoding it would change when the length passes `seq_length`, and the text with it.
     """
-    return tuple(ntk_alpha(number, config.seq_length) for number in num_tokens) if config.use_dynamic_ntk else None
+    if not isinstance(config, QwenConfig) or not config.use_dynamic_ntk:  # a decoder of transformers has none
+        return None
+    return tuple(ntk_alpha(number, config.seq_length) for number in num_tokens)
 
 
 def positions_from_mask(tokens: torch.Tensor, attention_mask: torch.Tensor | None, past: int = 0) -> torch.Tensor:
@@ -305,6 +307,42 @@ class QwenDecoder(nn.Module):
         return mask & (real | (key_index == query_index))  # a padded query sees itself: no NaN on any backend
 
 
+class TransformersDecoder(nn.Module):
+    """Any decoder of transformers in the place of Qwen's: the same forward, without alphas."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+        self.model = AutoModel.from_config(config)
+        rotary = getattr(self.model, "rotary_emb", None)  # a decoder with learned positions has none
+        if rotary is not None:
+            # Its table is in no file: it is made here, also while the weights are still to come.
+            with torch.device("cpu"):
+                self.model.set_submodule("rotary_emb", type(rotary)(config=config))
+
+    @property
+    def embed_tokens(self) -> nn.Module:
+        """The embedding table."""
+        return self.model.get_input_embeddings()
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        alphas: None = None,
+    ) -> torch.Tensor:
+        """Run the layers: (batch, seq, hidden) -> (batch, seq, hidden), after the final norm."""
+        return self.model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        ).last_hidden_state
+
+
 # -- what networks with this decoder share -----------------------------------------------------------------------------
 
 
@@ -332,7 +370,7 @@ def fill_slots(inputs_embeds: torch.Tensor, is_slot: torch.Tensor, image_feature
 
 
 def causal_output(
-    decoder: QwenDecoder,
+    decoder: QwenDecoder | TransformersDecoder,
     lm_head: nn.Module,
     inputs_embeds: torch.Tensor,
     *,

@@ -16,7 +16,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lavish.common.errors import ConfigError, PromptError
 from lavish.nn.generation import PlainMaskGenerationMixin
-from lavish.nn.qwen import QwenConfig, QwenDecoder, causal_output, fill_slots, positions_from_mask, request_alphas
+from lavish.nn.qwen import (
+    QwenConfig,
+    QwenDecoder,
+    TransformersDecoder,
+    causal_output,
+    fill_slots,
+    positions_from_mask,
+    request_alphas,
+)
 
 
 class QwenChatConfig(PreTrainedConfig):
@@ -49,13 +57,13 @@ class QwenChatConfig(PreTrainedConfig):
 
     @property
     def num_key_value_heads(self) -> int:
-        """As many as heads."""
-        return self.text.num_attention_heads
+        """As many as heads, but for a decoder that is no Qwen of the first generation."""
+        return self.text.num_attention_heads if isinstance(self.text, QwenConfig) else self.text.num_key_value_heads
 
     @property
     def head_dim(self) -> int:
         """Width of a head of the decoder."""
-        return self.text.hidden_size // self.text.num_attention_heads
+        return self.text.head_dim or self.text.hidden_size // self.text.num_attention_heads
 
     @property
     def max_position_embeddings(self) -> int:
@@ -83,14 +91,17 @@ class QwenChatModel(PreTrainedModel, PlainMaskGenerationMixin):
     _can_compile_fullgraph = False
 
     get_image_features: Any  # the family's: (images, 3, S, S) -> (images, slots, hidden)
-    language_model: QwenDecoder
+    language_model: QwenDecoder | TransformersDecoder
     lm_head: nn.Linear
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_submodule("embed_tokens", value)
+        if isinstance(self.language_model, TransformersDecoder):
+            self.language_model.model.set_input_embeddings(value)
+        else:
+            self.language_model.set_submodule("embed_tokens", value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lavish.common.errors import ConfigError, did_you_mean, shown
 from lavish.nn.qwen import QwenConfig
@@ -68,6 +69,8 @@ class ClipQwenConfig(QwenChatConfig):
     initializer_range: float = 0.01  # of the projector, as the release starts it
 
     def __post_init__(self, **kwargs):
+        self.vision_config = _part("vision_config", self.vision_config)
+        self.text_config = _part("text_config", self.text_config)
         if self.eos_token_id is None:
             self.eos_token_id = [self.image_token_id - 3, self.image_token_id - 2, self.image_token_id - 1]
         for name in ("image_token_id", "max_window_tokens"):
@@ -107,7 +110,7 @@ class ClipQwenConfig(QwenChatConfig):
 
     @property
     def tower(self) -> CLIPVisionConfig:
-        """`vision_config`, which is a config as soon as this one is made."""
+        """`vision_config`, which is a config as soon as this one is made; a SigLIP's has the same names."""
         return cast(CLIPVisionConfig, self.vision_config)
 
     @property
@@ -143,6 +146,24 @@ def read_config(config: dict[str, Any], where: str, **overrides: Any) -> ClipQwe
         return ClipQwenConfig(**{**fields, **overrides})
     except StrictDataclassError as error:  # transformers' own check of a field's type
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _part(part: str, fields: Any) -> Any:
+    """Make the config of a part that no release has: a SigLIP tower, a decoder of transformers. Others are left."""
+    model_type = fields.get("model_type") if isinstance(fields, Mapping) else None
+    if model_type in (None, CLIPVisionConfig.model_type, QwenConfig.model_type):
+        return fields
+    known = (SiglipVisionConfig.model_type,) if part == "vision_config" else tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if model_type not in known:
+        raise ConfigError(
+            f"config: {part}.model_type is {shown(model_type)}, which no network is made of here."
+            f"{did_you_mean(str(model_type), known)} A tower is a CLIP's or a SigLIP's, a decoder one of transformers' "
+            "causal language models."
+        )
+    rest = {name: value for name, value in fields.items() if name != "model_type"}
+    if part == "vision_config":
+        rest["vision_use_head"] = False  # it pools the patches, which are what the decoder reads
+    return CONFIG_MAPPING[model_type](**rest)
 
 
 def _check_part(part: str, sizes: Mapping[str, Any]) -> None:

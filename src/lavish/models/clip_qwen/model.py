@@ -12,12 +12,12 @@ import logging
 
 import torch
 from torch import nn
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 from transformers import initialization as init
 
 from lavish.common.errors import PromptError
 from lavish.models.clip_qwen.config import ClipQwenConfig
-from lavish.nn.qwen import QwenDecoder
+from lavish.nn.qwen import QwenConfig, QwenDecoder, TransformersDecoder
 from lavish.nn.qwen_chat import QwenChatModel
 
 logger = logging.getLogger(__name__)
@@ -38,12 +38,16 @@ class ClipQwenForConditionalGeneration(QwenChatModel):
     def __init__(self, config: ClipQwenConfig):
         super().__init__(config)
         tower, hidden_size = config.tower, config.text.hidden_size
-        self.vision_tower = CLIPVisionModel._from_config(tower)
-        self.vision_tower.set_submodule("post_layernorm", nn.Identity())  # the class row's, which nothing here reads
+        if isinstance(tower, SiglipVisionConfig):
+            self.vision_tower = SiglipVisionModel._from_config(tower)
+        else:
+            self.vision_tower = CLIPVisionModel._from_config(tower)
+            self.vision_tower.set_submodule("post_layernorm", nn.Identity())  # the class row's, which nothing reads
         self.projector = nn.Sequential(
             nn.Linear(tower.hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
-        self.language_model = QwenDecoder(config.text)
+        is_qwen = isinstance(config.text, QwenConfig)
+        self.language_model = QwenDecoder(config.text) if is_qwen else TransformersDecoder(config.text)
         self.lm_head = nn.Linear(hidden_size, config.text.vocab_size, bias=False)
         self.post_init()
         if self.generation_config is not None:
@@ -77,7 +81,9 @@ class ClipQwenForConditionalGeneration(QwenChatModel):
             )
         weight = self.vision_tower.embeddings.patch_embedding.weight
         pixel_values = pixel_values.to(pixel_values.device if weight.is_meta else weight.device)
-        vision_hidden_states = self.vision_tower(pixel_values).last_hidden_state[:, 1:]  # without the class row
+        vision_hidden_states = self.vision_tower(pixel_values).last_hidden_state
+        if isinstance(self.vision_tower, CLIPVisionModel):
+            vision_hidden_states = vision_hidden_states[:, 1:]  # without the class row, which a SigLIP does not have
         return self.projector(vision_hidden_states.to(self.projector[0].weight.dtype))  # which may train in float32
 
 
