@@ -45,7 +45,6 @@ MAX_NETWORK_LINES = 600
 MAX_FUNCTION_LINES = 40
 LONG_FUNCTIONS = {  # function: why it may be longer
     "lavish.cli.chat.command": "its options, each checked and passed on by name",
-    "lavish.cli.convert.command": "as chat's",
     "lavish.cli.predict.command": "as chat's",
     "lavish.checkpoints.deepspeed.survey": "one walk over the files of a checkpoint, whose findings belong together",
     "lavish.checkpoints.loading.load_into": "one pass over the tensors, whose state every step needs",
