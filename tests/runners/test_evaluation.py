@@ -492,7 +492,12 @@ def test_boxes_by_a_model_that_chats(tmp_path: Path, cache: Path) -> None:
 
 
 def test_the_recipe_of_a_model_that_chats(tmp_path: Path) -> None:
-    options = [f"model.path={POCKET}", "run.num_workers=0", "run.device=cpu", f"run.output_dir={tmp_path}"]
+    options = [
+        "model.path=null",
+        "run.num_workers=0",
+        "run.device=cpu",
+        f"run.output_dir={tmp_path}",
+    ]  # the pocket model
     evaluation.evaluate(Config(sets.ROOT / "projects" / "cogvlm2" / "eval" / "vqav2_eval.yaml", options))
     assert json.loads((tmp_path / "metrics.json").read_text())["record"]["asked"]["vqa"]["chat_template"] == "vqa"
 

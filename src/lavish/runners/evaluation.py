@@ -50,6 +50,7 @@ from lavish.runners.evaluation_recipe import (
     check,
     config_sha256,
     evaluated_only,
+    is_loaded,
     open_evaluation,
     splits_of,
 )
@@ -157,7 +158,7 @@ class Job:
     @property
     def is_chat(self) -> bool:
         """Whether the model is one of `lavish.load`, which takes pictures as they are."""
-        return self.cfg.model_cfg.get("path") is not None
+        return is_loaded(self.cfg.model_cfg)
 
     @property
     def model(self) -> nn.Module:

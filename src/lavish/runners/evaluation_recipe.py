@@ -38,8 +38,8 @@ ANYHOW = (
 class LoadedModel:
     """The section `model` of an evaluation of any model that `lavish.load` opens."""
 
-    path: str
-    """Folder, file or hub id."""
+    path: str | None = None
+    """Folder, file or hub id; none: the bundled pocket model."""
     dtype: str = "auto"
     """As of `lavish.load`, and so are the next."""
     quantization: str | None = None
@@ -82,7 +82,7 @@ def check(cfg: Config) -> tuple[RunConfig, BaseTask]:
     if not cfg.datasets_cfg:
         raise ConfigError("The recipe has no datasets; name one, for example `datasets: {coco_caption: {...}}`.")
     section = cfg.model_cfg
-    if section.get("path") is not None:
+    if is_loaded(section):
         chat_section(cfg)
     elif section.get("arch") is None:
         raise ConfigError(
@@ -121,6 +121,11 @@ def evaluated_only(cfg: Config, splits: Sequence[str]) -> Config:
             if split in annotations and split not in splits:
                 annotations[split] = None
     return pruned
+
+
+def is_loaded(section: Mapping[str, Any]) -> bool:
+    """Say whether a section `model` names what `lavish.load` opens; `path: null` is the bundled pocket model."""
+    return section.get("path") is not None or ("path" in section and section.get("arch") is None)
 
 
 def chat_section(cfg: Config) -> LoadedModel:

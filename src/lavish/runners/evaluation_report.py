@@ -57,7 +57,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], splits: Sequence[tupl
     """
     record = summary["record"]
     model = record["model"]
-    name = model.get("path") or f"{model.get('arch', '')} {model.get('model_type', '')}".strip()
+    name = model.get("path") or f"{model.get('arch', '')} {model.get('model_type', '')}".strip() or "the pocket model"
     parts = [
         f"<h1>{escape(str(name))}</h1>",
         f"<p class=sub>task {escape(str(record['task']))}, {escape(', '.join(summary['splits']))}; recipe "
