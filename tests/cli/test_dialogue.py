@@ -134,6 +134,18 @@ def test_an_unknown_command_suggests(vlm, script, tmp_path: Path) -> None:
     assert screen.errors == ["No command /hlep. Did you mean '/help'? /help lists them."]
 
 
+def test_what_is_typed_is_never_run(vlm, script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 13 of MiniGPT4-Qwen: `:conf NAME VALUE` is read by Python's eval there, and changes nothing of the chat."""
+    monkeypatch.chdir(tmp_path)
+    run = "__import__('os').mkdir('made')"
+    screen = script(["", f":conf max_new_tokens {run}", f"/template {run}", "stop"])
+    dialogue, status = talk(vlm, screen, tmp_path)
+    assert status == 0
+    assert not (tmp_path / "made").exists()
+    assert dialogue.messages[0]["content"] == f":conf max_new_tokens {run}"  # words for the model, like any others
+    assert len(screen.errors) == 1
+
+
 def test_help_names_every_command(vlm, script, tmp_path: Path) -> None:
     from lavish.cli.dialogue import COMMANDS
 

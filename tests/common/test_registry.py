@@ -22,7 +22,7 @@ def names() -> Registry:
     return Registry({"task": {"ordered": "collections:OrderedDict"}}, {"task": f"{__name__}:Base"})
 
 
-@pytest.mark.parametrize("kind", ["model", "processor", "builder", "task", "runner"])
+@pytest.mark.parametrize("kind", ["model", "processor", "builder", "task", "runner", "lr_scheduler"])
 def test_a_class_is_found_under_the_name_that_it_was_registered_with(kind: str) -> None:
     names = Registry()
     assert getattr(names, f"register_{kind}")("mine")(Good) is Good
