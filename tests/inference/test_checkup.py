@@ -81,6 +81,20 @@ def test_a_missing_tensor_is_a_problem(tmp_path: Path) -> None:
     assert found.parts
 
 
+def test_a_lora_in_files_of_its_own_is_read_too(tmp_path: Path) -> None:
+    folder = tmp_path / "release"
+    shutil.copytree(FIXTURES / "clip_qwen" / "open" / "checkpoint", folder)
+    assert {part.name: part.num_tensors for part in check(folder).parts}["LoRA"] == 12
+    weights = folder / "checkpoint-27000" / "adapter_model.bin"
+    matrices = {name: value.clone() for name, value in hf.read(weights).items()}
+    first = next(iter(matrices))
+    matrices[first][0, 0] = float("nan")
+    torch.save(matrices, weights)
+    found = check(folder)
+    assert found.problems == (f"{first!r} in adapter_model.bin holds 1 NaN and 0 infinities.",)
+    assert "adapter_model.bin" in {file.file.name for file in found.files}
+
+
 def test_a_file_of_the_hub_is_held_against_its_name(tmp_path: Path) -> None:
     """The hub's cache keeps a large file under its SHA-256."""
     root = tmp_path / "models--a--b"

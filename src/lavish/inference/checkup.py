@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
-from lavish.checkpoints import hub
+from lavish.checkpoints import hf, hub
 from lavish.checkpoints.output import FLOATS
 from lavish.checkpoints.tensor_map import Assembled, Stored, TensorMap, reshaped, view
 from lavish.checkpoints.torch_file import RecordSums
 from lavish.common.errors import CheckpointError, UnknownLayout
+from lavish.inference.adapters import ADAPTER_FILES
 from lavish.inference.source import Source, open_source
 
 READ_BYTES = 4 << 20
 CHUNK_NUMEL = 1 << 22
+ADAPTER = "LoRA"
+"""The part of an adapter's matrices."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 Progress = Callable[[str, int, int], None]
@@ -157,9 +160,12 @@ def check(
     except CheckpointError as error:
         problems.append(str(error))
     folder = hub.resolve(path)
-    files = source.tensors.files if source is not None else _weight_files(folder)
+    maps = _maps(source)
+    files = (
+        _weight_files(folder) if source is None else tuple(file for tensors in maps.values() for file in tensors.files)
+    )
     file_bytes = sum(file.stat().st_size for file in files)
-    total = file_bytes + (0 if source is None else sum(info.nbytes for info in _each_once(source.tensors).values()))
+    total = file_bytes + sum(info.nbytes for tensors in maps.values() for info in _each_once(tensors).values())
     sums = tuple(_summed(files, lambda done: tell("check", done, total)))
     problems += [
         f"{found.file}: the bytes of {', '.join(found.wrong[:4])} are not those that were written; fetch it again."
@@ -171,17 +177,19 @@ def check(
         for found in sums
         if found.expected not in (None, found.sha256)
     ]
-    parts, notes = (
-        ((), [])
-        if source is None
-        else _statistics(source, problems, lambda done: tell("check", file_bytes + done, total))
-    )
+    parts: dict[str, Part] = {}
+    notes: list[str] = []
+    if source is not None:
+        done = file_bytes
+        for num_bytes in _statistics(source, maps, parts, problems, notes):
+            done += num_bytes
+            tell("check", done, total)
     return Checkup(
         path=folder,
         layout="" if source is None else source.layout,
         family="" if source is None else source.family.name,
         files=sums,
-        parts=tuple(parts),
+        parts=tuple(parts.values()),
         problems=tuple(problems),
         notes=tuple(notes),
     )
@@ -191,14 +199,14 @@ def _say_nothing(phase: str, done: int, total: int) -> None:
     """Take the place of a caller's progress."""
 
 
-def _weight_files(path: Path) -> tuple[Path, ...]:
+def _weight_files(path: Path) -> list[Path]:
     """Find what may hold weights in a checkpoint that cannot be opened."""
     if path.is_file():
-        return (path,)
-    return tuple(file for file in sorted(path.rglob("*")) if file.suffix in WEIGHT_SUFFIXES and file.is_file())
+        return [path]
+    return [file for file in sorted(path.rglob("*")) if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
 
 
-def _summed(files: tuple[Path, ...], tell: Callable[[int], None]) -> Iterator[FileSum]:
+def _summed(files: list[Path], tell: Callable[[int], None]) -> Iterator[FileSum]:
     done = 0
     for file in files:
         digest, held, records = hashlib.sha256(), 0, RecordSums(file)
@@ -219,28 +227,38 @@ def _each_once(tensors: TensorMap) -> dict[str, Stored]:
     return {name: info for info, name in {info: name for name, info in reversed(tensors.infos.items())}.items()}
 
 
-def _statistics(source: Source, problems: list[str], tell: Callable[[int], None]) -> tuple[list[Part], list[str]]:
-    parts: dict[str, Part] = {}
-    notes: list[str] = []
-    done = 0
-    for name, info in sorted(_each_once(source.tensors).items(), key=lambda item: (item[1].file, item[1].offset)):
-        done += info.nbytes
-        tell(done)
-        part = parts.setdefault(_part_of(source, name), Part(_part_of(source, name)))
+def _maps(source: Source | None) -> dict[str, TensorMap]:
+    """Give the tensors of a checkpoint, and those of a LoRA in files of its own, which are a part by that name."""
+    if source is None:
+        return {}
+    maps = {"": source.tensors}
+    if isinstance(source.adapter, Path):
+        weights = next((source.adapter / name for name in ADAPTER_FILES if (source.adapter / name).is_file()), None)
+        if weights is not None:
+            maps[ADAPTER] = hf.read(weights)
+    return maps
+
+
+def _statistics(
+    source: Source, maps: dict[str, TensorMap], parts: dict[str, Part], problems: list[str], notes: list[str]
+) -> Iterator[int]:
+    """Read every tensor once, in the order of the files, and count it in; gives its bytes."""
+    found = [(prefix, name, info) for prefix in maps for name, info in _each_once(maps[prefix]).items()]
+    for prefix, name, info in sorted(found, key=lambda entry: (entry[2].file, entry[2].offset)):
+        title = prefix or _part_of(source, name)
+        part = parts.setdefault(title, Part(title))
         part.num_tensors += 1
         part.numel += info.numel
         part.dtypes.add(info.dtype)
-        if info.dtype not in FLOATS:
-            continue
         alone = Part(name, numel=info.numel)
-        for values in _chunks(source.tensors, info):
+        for values in _chunks(maps[prefix], info) if info.dtype in FLOATS else ():
             part.add(values)
             alone.add(values)
         if alone.num_nan or alone.num_inf:
             problems.append(f"{name!r} in {info.file.name} holds {alone.num_nan} NaN and {alone.num_inf} infinities.")
         elif info.numel > 1 and len(info.shape) > 1 and alone.minimum == alone.maximum == 0:
             notes.append(f"{name!r} in {info.file.name} is zero throughout.")
-    return list(parts.values()), notes
+        yield info.nbytes
 
 
 def _chunks(tensors: TensorMap, info: Stored) -> Iterator[torch.Tensor]:
