@@ -184,6 +184,9 @@ def test_annotations_are_fetched_once_and_their_md5_is_compared(server: str, cac
         ("vis_processor", {"trian": {"name": "blip_image_train"}}, r"vis_processor\.trian: unknown key. Did you mean"),
         ("text_processor", {"eval": {"max_words": 3}}, "needs the 'name' of one"),
         ("text_processor", {"eval": "blip_caption"}, "needs the 'name' of one"),
+        ("text_processor", {"eval": {"name": ["blip_caption"]}}, "needs the 'name' of one"),
+        ("text_processor", "blip_caption", r"coco_caption\.text_processor is 'blip_caption'; keys and values"),
+        ("kw_processor", 3, r"kw_processor is 3; keys and values"),
         ("kw_processor", {"extra": {"name": "nothing"}}, "No processor is named 'nothing'"),
         ("vis_procesor", {}, r"datasets\.coco_caption\.vis_procesor: unknown key. Did you mean 'vis_processor'"),
         ("data_type", "image", "data_type is 'image'.*Did you mean 'images'"),
@@ -212,6 +215,7 @@ def test_the_whole_config_is_checked_before_anything_is_fetched(
         ({"annotations": {"train": {"storage": 3}}}, "storage is 3; a text or a list of texts"),
         ({"annotations": {"train": {"storage": [None], "url": ["a"]}}}, "has an empty path"),
         ({"annotations": ["a"]}, r"build_info\.annotations is \['a'\]"),
+        ({"images": {"storage": ["a", "b"]}}, r"build_info\.images\.storage is \['a', 'b'\]; the path of a folder"),
     ],
 )
 def test_wrong_build_info(change: dict[str, Any], message: str, cache: Path) -> None:

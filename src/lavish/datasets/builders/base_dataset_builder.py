@@ -118,6 +118,7 @@ class BaseDatasetBuilder:
             if self._class_of(split) is None:
                 raise ConfigError(f"{type(self).__name__} has no dataset class for the split {split!r}.")
         self.build_processors()
+        self.visual_root()
         for file in self.annotation_files():
             self._check_file(file)
 
@@ -139,14 +140,16 @@ class BaseDatasetBuilder:
             for mode in ("train", "eval"):
                 if section.get(mode) is not None:
                     made[mode] = self._build_proc_from_cfg(section[mode])
-        for name, section in (self.config.get("kw_processor") or {}).items():
+        named = self.config.get("kw_processor") or {}
+        self._check_keys(named, tuple(map(str, named)) if isinstance(named, Mapping) else (), "kw_processor.")
+        for name, section in named.items():
             self.kw_processors[str(name)] = self._build_proc_from_cfg(section)
 
     @staticmethod
     def _build_proc_from_cfg(cfg: Any) -> Any:
         if cfg is None:
             return None
-        if not isinstance(cfg, Mapping) or not cfg.get("name"):
+        if not isinstance(cfg, Mapping) or not isinstance(cfg.get("name"), str):
             raise ConfigError(f"A processor's section needs the 'name' of one, found {shown(cfg)}.")
         return registry.get_processor_class(cfg["name"]).from_config(cfg)
 
@@ -223,6 +226,10 @@ class BaseDatasetBuilder:
         """Give the folder of the visual data; None where the config has none."""
         section = self.build_info.get(self.data_type)
         storage = section.get("storage") if isinstance(section, Mapping) else section
+        if storage is not None and not isinstance(storage, str | Path):
+            raise ConfigError(
+                f"build_info.{self.data_type}.storage is {shown(storage)}; the path of a folder is expected."
+            )
         return None if storage is None else self.storage_path(storage)
 
     def _check_file(self, file: AnnotationFile) -> None:
@@ -306,6 +313,9 @@ class BaseDatasetBuilder:
     def _check_keys(self, section: Any, known: Iterable[str], where: str) -> None:
         """Refuse unknown keys; a builder of one's own may have more, but none that is nearly a known one."""
         known = tuple(known)
+        if not isinstance(section, Mapping):
+            name = where.rstrip(".")
+            raise ConfigError(f"datasets.{self._name()}.{name} is {shown(section)}; keys and values are expected.")
         for key in section:
             hint = did_you_mean(str(key), known, nearness=0.75)
             is_ours = type(self).__module__.startswith("lavish.")
