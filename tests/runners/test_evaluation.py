@@ -218,6 +218,14 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 7
 
 
+def test_the_folder_of_a_training_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint_best.pth").touch()
+    (tmp_path / "config.yaml").write_text("run: {task: vqa}\n")
+    with pytest.raises(ConfigError, match=r"is the folder of a training.*evaluation"):
+        run("vqav2_eval", tmp_path, force=True)
+    assert (tmp_path / "config.yaml").read_text() == "run: {task: vqa}\n"
+
+
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     with Rows(tmp_path).locked(), pytest.raises(ConfigError, match="another run is writing here"):
         run("vqav2_eval", tmp_path)

@@ -142,9 +142,14 @@ def begin_folder(cfg: Config, rows: Rows, *, force: bool) -> None:
     """Save the recipe into the folder, or check that it is the one that was evaluated there before.
 
     Raises:
-        ConfigError: it is another one.
+        ConfigError: it is another one, or the folder is that of a training.
     """
     path = rows.folder / CONFIG_FILE
+    if any(rows.folder.glob("checkpoint_*")):
+        raise ConfigError(
+            f"{rows.folder} is the folder of a training, whose files stay as they are; set run.output_dir to another "
+            f"one, such as {rows.folder / 'evaluation'}."
+        )
     if path.exists():
         before, now = recipe_of(configs.load_yaml(path)), recipe_of(cfg.get_config())
         changed = sorted(key for key in before | now if before.get(key) != now.get(key))
