@@ -120,7 +120,7 @@ def test_the_network_s_own_file_is_whole_below_zero_3(copied, keep_shares: bool)
         assert torch.equal(tensors[name], value.to(tensors[name].dtype)), name
 
 
-def test_what_a_hub_snapshot_links_is_inside(copied, tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder(copied, tmp_path: Path) -> None:
     step = copied("zero2")
     (tmp_path / MODEL).write_bytes((step / MODEL).read_bytes())
     (step / MODEL).unlink()

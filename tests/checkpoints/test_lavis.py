@@ -106,3 +106,13 @@ def test_a_cut_file(tmp_path: Path, weights) -> None:
     (tmp_path / "x.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="not a torch zip file"):
         lavis.read(tmp_path / "x.pth")
+
+
+def test_a_link_out_of_its_folder(tmp_path: Path, weights) -> None:
+    torch.save(weights, tmp_path / "elsewhere.pth")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "x.pth").symlink_to(tmp_path / "elsewhere.pth")
+    with pytest.raises(UnsafeCheckpoint, match="outside of the folder"):
+        lavis.read(folder)
+    assert equal(lavis.read(folder / "x.pth"), weights)  # who names the file means it

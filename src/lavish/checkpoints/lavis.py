@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lavish.checkpoints.hf import inside
 from lavish.checkpoints.pickles import read_tree
 from lavish.checkpoints.tensor_map import TensorInfo, TensorMap
 from lavish.common.errors import CheckpointError, UnknownLayout
@@ -39,6 +40,7 @@ def find_file(path: Path) -> Path:
 
     Raises:
         UnknownLayout: none or several.
+        UnsafeCheckpoint: it is a link out of the folder.
     """
     if path.is_file():
         return path
@@ -50,7 +52,7 @@ def find_file(path: Path) -> Path:
         raise UnknownLayout(f"{path}: a folder without a {SUFFIX} file; found {found}.")
     if len(files) > 1:
         raise UnknownLayout(f"{path}: holds {len(files)} {SUFFIX} files, {', '.join(files[:8])}; name one of them.")
-    return path / files[0]
+    return inside(path, files[0])
 
 
 def _is_wrapped(tree: Mapping[Any, Any]) -> bool:

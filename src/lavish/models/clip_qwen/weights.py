@@ -87,7 +87,7 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
     recorded = _recorded(trained)
     vision_folder = _piece("vision_tower", path, pieces, (beside, recorded), "clip", "clip_vision_model")
     llm = _piece("llm", path, pieces, (beside, recorded), "qwen")
-    projector = hf.read(trained / PROJECTOR_FILE)
+    projector = hf.read(hf.inside(trained, PROJECTOR_FILE))
     tensors = merged(path, [("", hf.read(llm)), (f"{_TOWER}.", hf.read(vision_folder)), ("projector.", projector)])
     answering = read_optional_object(llm / "generation_config.json")
     fields = {
