@@ -395,22 +395,39 @@ def test_evaluate_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [line["split"] for line in lines(tmp_path / "validations.jsonl")] == ["val"]
 
 
+def torchrun(folder: Path, processes: int, **keys: Any) -> Path:
+    """Run the tiny recipe by the command line, eight samples, without dropout; give its output folder."""
+    folder.mkdir()
+    path = tiny_lavis.write(folder, tiny_lavis.caption_recipe(folder, dropout=0.0, count=8, **keys))
+    start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+    command = [sys.executable, "-m", *start, "lavish", "train", "--cfg-path", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"run: {folder / 'out'}") == 1, "one process talks"
+    return folder / "out"
+
+
 def test_two_processes_of_torchrun_give_what_one_gives(tmp_path: Path) -> None:
-    """Each has its own batches: two with one pass equal one with two, at every of twenty steps."""
-    losses = []
-    for name, processes, passes in (("one", 1, 2), ("two", 2, 1)):
-        folder = tmp_path / name
-        folder.mkdir()
-        keys = {"max_epoch": 10, "valid_splits": [], "test_splits": [], "save_freq": 10, "accum_grad_iters": passes}
-        path = tiny_lavis.write(folder, tiny_lavis.caption_recipe(folder, dropout=0.0, count=8, **keys))
-        start = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if processes == 2 else []
-        command = [sys.executable, "-m", *start, "lavish", "train", "--cfg-path", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(f"run: {folder / 'out'}") == 1, "one process talks"
-        losses.append([line["loss"] for line in lines(folder / "out" / "log.jsonl")])
+    """Each has its own batches: two with one pass each equal one with two, at every of twenty steps."""
+    keys = {"max_epoch": 10, "valid_splits": [], "test_splits": [], "save_freq": 10}
+    one = torchrun(tmp_path / "one", 1, accum_grad_iters=2, **keys)
+    two = torchrun(tmp_path / "two", 2, **keys)
+    losses = [[line["loss"] for line in lines(out / "log.jsonl")] for out in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert len(losses[0]) == 20
+
+
+def test_processes_that_share_weights_validate_as_one(tmp_path: Path) -> None:
+    """Three held-out pictures and two processes: scores, best checkpoint and what the run leaves are those of one."""
+    one = torchrun(tmp_path / "one", 1, accum_grad_iters=2, max_epoch=1, init_lr=1e-6)
+    two = torchrun(tmp_path / "two", 2, engine="fsdp2", max_epoch=1, init_lr=1e-6)
+    assert lines(two / "validations.jsonl") == lines(one / "validations.jsonl")
+    for name in ("checkpoint_best.pth", "checkpoint_last.pth"):
+        ours, theirs = (torch.load(out / name, weights_only=True)["model"] for out in (two, one))
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-5)
+    assert (two / "report.html").is_file()
 
 
 def test_a_checkpoint_has_the_names_of_the_release_and_is_loaded_as_one(tmp_path: Path) -> None:

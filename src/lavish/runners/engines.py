@@ -105,6 +105,9 @@ class Engine:
         """
         fill(model, tensors)
 
+    def settle(self, model: nn.Module) -> None:
+        """Let go what a forward pass without a backward pass has gathered; weights may be read and written then."""
+
     def make_whole(self, model: nn.Module) -> None:
         """Put whole weights into the module of the main process, at the end of a run; all processes call it."""
 
@@ -210,6 +213,14 @@ class FSDP2Engine(Engine):
 
         check_names(trained(model), tensors)
         set_model_state_dict(model, cast(Any, tensors), options=StateDictOptions(full_state_dict=True, strict=False))
+
+    def settle(self, model: nn.Module) -> None:
+        """Give the gathered weights back: a forward pass leaves those of the outermost module whole."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @torch.no_grad()
     def make_whole(self, model: nn.Module) -> None:

@@ -399,7 +399,9 @@ class RunnerBase:
         """
         dataset = self._split(split_name)
         indices = range(len(dataset))
-        own = indices[dist.rank() :: dist.world_size()] if self.run.use_dist_eval_sampler else indices
+        # Processes that share weights compute in step, so each of them scores every sample; results are merged by id.
+        is_shared_out = self.run.use_dist_eval_sampler and not self.engine.shares_weights
+        own = indices[dist.rank() :: dist.world_size()] if is_shared_out else indices
         loader = DataLoader(
             Subset(dataset, own),
             batch_size=self.run.batch_size_eval,
@@ -412,6 +414,7 @@ class RunnerBase:
             self.task.before_evaluation(model=self.model, dataset=dataset)
             results = self.task.evaluation(self.model, loader)
             metrics = self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
+        self.engine.settle(self.model)
         self.model.train(was_training)
         return metrics
 
