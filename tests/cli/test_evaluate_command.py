@@ -33,7 +33,7 @@ def test_spellings_of_lavis_and_ours(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert str(tmp_path / "a" / "report.html") in shown.out
     assert "evaluate: 7 of 7" in shown.err
     assert main(["evaluate", RECIPE, *options(tmp_path / "a")]) == 0  # all are answered
-    assert main(["evaluate", RECIPE, "--set", "run.num_ans_candidates=1", *options(tmp_path / "b")]) == 0
+    assert main(["evaluate", RECIPE, "--set", "run.inference_method=generate", *options(tmp_path / "b")]) == 0
     capsys.readouterr()
 
     assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
@@ -42,6 +42,7 @@ def test_spellings_of_lavis_and_ours(tmp_path: Path, capsys: pytest.CaptureFixtu
     row = next(line.split() for line in shown.out.splitlines() if line.startswith("vqa_accuracy"))
     assert row[1] == "41.43"
     assert row[-1] == "7"
+    assert "samples that change most" in shown.out
     assert f"B: {tmp_path / 'b'}" in shown.out
 
 

@@ -18,7 +18,7 @@ from lavish.common.errors import ConfigError, DataError, MediaError
 from lavish.inference.load import POCKET
 from lavish.models.blip.samples import BlipVQA
 from lavish.runners import evaluation
-from lavish.runners.evaluation_compare import compare_runs
+from lavish.runners.evaluation_compare import compare_runs, largest_changes
 from lavish.runners.evaluation_rows import Rows
 from lavish.tasks.metrics import vqa
 from lavish.tasks.scored_task import ScoredTask
@@ -269,13 +269,21 @@ def test_processes_share_the_samples_and_a_killed_one_is_made_good(tmp_path: Pat
 
 def test_compare(tmp_path: Path) -> None:
     run("vqav2_eval", tmp_path / "a")
-    run("vqav2_eval", tmp_path / "b", "run.num_ans_candidates=1")
+    run("vqav2_eval", tmp_path / "b", "run.inference_method=generate")
     (found,) = compare_runs(tmp_path / "a", tmp_path / "b")
     scores = [[row["score"] for row in rows(tmp_path / side)] for side in "ab"]
     assert (found.split, found.metric, found.num_samples) == ("coco_vqa/val", "vqa_accuracy", 7)
     assert found.difference.difference == pytest.approx(sum(scores[1]) / 7 - sum(scores[0]) / 7)
     assert found.num_better == sum(b > a for a, b in zip(*scores, strict=True))
     assert found.num_worse == sum(b < a for a, b in zip(*scores, strict=True))
+    changes = largest_changes(tmp_path / "a", tmp_path / "b")
+    gains = [second - first for first, second in zip(*scores, strict=True)]
+    expected = sorted((at for at in range(7) if gains[at]), key=lambda at: (-abs(gains[at]), at))
+    assert [one.index for one in changes] == expected != []
+    answers = [[row["result"]["answer"] for row in rows(tmp_path / side)] for side in "ab"]
+    assert all(one.answers == (answers[0][one.index], answers[1][one.index]) for one in changes)
+    assert changes[0].question == f"What colour is thing {changes[0].index}?"
+    assert largest_changes(tmp_path / "a", tmp_path / "a") == []
     (same,) = compare_runs(tmp_path / "a", tmp_path / "a")
     assert same.difference == (0.0, (0.0, 0.0), 1.0)
 

@@ -86,7 +86,7 @@ def _compare(first: str, second: str) -> None:
     from rich.table import Table
 
     with working("Importing ..."):
-        from lavish.runners.evaluation_compare import compare_runs
+        from lavish.runners.evaluation_compare import compare_runs, largest_changes
     shown = console()
     found = compare_runs(first, second)
     for split in dict.fromkeys(one.split for one in found):
@@ -104,6 +104,13 @@ def _compare(first: str, second: str) -> None:
                 name, *(f"{value:.4g}" for value in numbers), span, f"{one.difference.p_value:.3f}", *map(str, counts)
             )
         shown.print(table)
+    changes = largest_changes(first, second)
+    if changes:
+        shown.print("samples that change most", style="bold")
+    for one in changes:
+        shown.print(f"{one.split}, sample {one.index} {one.question}", style="dim", markup=False, soft_wrap=True)
+        for name, score, answer in zip("AB", one.scores, one.answers, strict=True):
+            shown.print(f"  {name} {score:.4g}  {answer}", markup=False, soft_wrap=True)
     shown.print(f"A: {first}\nB: {second}", markup=False, soft_wrap=True)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from lavish.common.errors import ConfigError, DataError
+from lavish.runners.evaluation_report import ANSWERS
+from lavish.runners.evaluation_rows import Row, Rows
 from lavish.runners.evaluation_summary import METRICS_FILE, STATISTICS_FILE
 from lavish.tasks.metrics.measure import Difference, Measure, compare
 
@@ -55,6 +57,45 @@ def compare_runs(first: str | Path, second: str | Path) -> list[Compared]:
             if metric in right[name]["measures"]:
                 found.append(_compare(name, metric, *(_measure(side[name], metric) for side in (left, right))))
     return found
+
+
+@dataclass(frozen=True)
+class Change:
+    """One sample that the two runs answer differently well."""
+
+    split: str
+    index: int
+    question: str
+    answers: tuple[str, str]
+    scores: tuple[float, float]
+
+
+def largest_changes(first: str | Path, second: str | Path, most: int = 8) -> list[Change]:
+    """Give the samples whose score changes most from the first run to the second, the largest change first."""
+    left, right = ({_place(row): row for row in Rows(Path(side)).read() if "score" in row} for side in (first, second))
+    found = [
+        Change(
+            split=f"{place[0]}/{place[1]}",
+            index=place[2],
+            question=str(row.get("question", "")),
+            answers=(_answer(row), _answer(right[place])),
+            scores=(row["score"], right[place]["score"]),
+        )
+        for place, row in left.items()
+        if place in right and row["score"] != right[place]["score"]
+    ]
+    return sorted(found, key=lambda one: (-abs(one.scores[1] - one.scores[0]), one.split, one.index))[:most]
+
+
+def _place(row: Row) -> tuple[str, str, int]:
+    return row["dataset"], row["split"], row["index"]
+
+
+def _answer(row: Row) -> str:
+    """Give what was answered, in one line."""
+    result = row["result"]
+    given = next((result[name] for name in ANSWERS if name in result), result) if isinstance(result, dict) else result
+    return " ".join(str(given).split())
 
 
 def _compare(split: str, metric: str, first: Measure, second: Measure) -> Compared:
