@@ -18,6 +18,7 @@ from lavish.common.errors import CheckpointError, ConfigError
 from lavish.common.registry import registry
 from lavish.models import load_model
 from lavish.models.base_model import BaseModel
+from lavish.runners.deepspeed_engine import read_settings
 from lavish.runners.recipe import open_recipe, train
 from lavish.runners.runner_base import RunnerBase
 from lavish.runners.runner_iter import RunnerIter
@@ -449,3 +450,34 @@ def test_a_checkpoint_has_the_names_of_the_release_and_is_loaded_as_one(tmp_path
     )
     name = "text_decoder.bert.embeddings.word_embeddings.weight"
     assert torch.equal(model.network.state_dict()[name], held[name])
+
+
+def test_counts_may_be_written_as_lavis_writes_them(tmp_path: Path) -> None:
+    runner = toy(tmp_path, iters=True, max_iters=2e4, iters_per_inner_epoch=2e3, warmup_steps=1e3)
+    assert (runner.num_steps, runner.steps_per_epoch, runner.run.warmup_steps) == (20_000, 2_000, 1_000)
+    with pytest.raises(ConfigError, match=r"max_iters.*2\.5"):
+        toy(tmp_path, max_iters=2.5)
+
+
+def test_keys_of_mpp_llava_are_obeyed(tmp_path: Path) -> None:
+    """As in its lavis/projects/deepspeed/*.yaml: DeepSpeed's settings inside the recipe say keys of the run."""
+    settings = {
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.1}},
+        "zero_optimization": {"stage": 1},
+    }
+    run_keys = toy(tmp_path, deepspeed_config=settings, weight_decay=0.2, resume_ckpt_tag=None, fsdp=False).run
+    assert (run_keys.accum_grad_iters, run_keys.max_grad_norm, run_keys.amp, run_keys.beta2) == (4, 0.5, True, 0.99)
+    assert run_keys.weight_decay == 0.2, "the recipe's own key counts"
+    assert read_settings(run_keys)["zero_optimization"] == {"stage": 1}
+    with pytest.raises(ConfigError, match="give a checkpoint of lavish as resume_ckpt_path"):
+        toy(tmp_path, resume_ckpt_load_dir="x")
+
+
+def test_a_task_of_ones_own_may_read_more_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"run\.my_key.*unknown key"):
+        toy(tmp_path, my_key=3)
+    monkeypatch.setattr(SwapTask, "run_keys", ("my_key",), raising=False)
+    assert toy(tmp_path, my_key=3).config.run_cfg.my_key == 3

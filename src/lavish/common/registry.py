@@ -79,6 +79,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "dialogue": "lavish.tasks.dialogue:DialogueTask",
         "gqa": "lavish.tasks.vqa:GQATask",
         "grounding": "lavish.tasks.grounding:GroundingTask",
+        "deepspeed_image_text_pretrain": "lavish.tasks.image_text_pretrain:ImageTextPretrainTask",
         "image_text_pretrain": "lavish.tasks.image_text_pretrain:ImageTextPretrainTask",
         "multimodal_classification": "lavish.tasks.multimodal_classification:MultimodalClassificationTask",
         "ocr_vqa": "lavish.tasks.vqa:OCRVQATask",

@@ -212,7 +212,10 @@ def read_settings(run: RunConfig) -> dict[str, Any]:
         ConfigError: no such file, no JSON, or a setting that the recipe decides.
     """
     settings: dict[str, Any] = {"zero_optimization": {"stage": 2}}
-    if run.deepspeed_config is not None:
+    if isinstance(run.deepspeed_config, dict):  # what it says of the recipe's keys was read with them
+        taken = (*DECIDED_HERE, "optimizer", "scheduler", "fp16", "bf16")
+        settings |= {name: value for name, value in run.deepspeed_config.items() if name not in taken}
+    elif run.deepspeed_config is not None:
         path = Path(run.deepspeed_config)
         try:
             settings |= json.loads(path.read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """The typed `run:` section of a recipe. Key names are those of LAVIS; what a key means stands under it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -96,8 +97,10 @@ class RunConfig:
     """Compile the training module with torch.compile."""
     engine: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
     """How several processes train: each a copy of the model (ddp, also auto), or shares of it."""
-    deepspeed_config: str | None = None
-    """JSON file of DeepSpeed's settings, when `engine: deepspeed`."""
+    deepspeed_config: str | dict[str, Any] | None = None
+    """DeepSpeed's settings, or a JSON file of them, when `engine: deepspeed`."""
+    fsdp: bool | None = None
+    """MPP-LLaVA's way to ask for `engine: fsdp2`."""
     activation_checkpointing: bool = False
     """Compute the layers' activations again in the backward pass, which takes less memory and more time."""
     num_workers: int = 0
@@ -133,6 +136,10 @@ class RunConfig:
     resume_ckpt_path: str | None = None
     """A checkpoint to go on from: a `checkpoint_*.pth` or a checkpoint folder of lavish. The newest of the run's own
     folder comes first."""
+    resume_ckpt_load_dir: str | None = None
+    """MPP-LLaVA's folder of DeepSpeed's own checkpoints, which are not read; see `resume_ckpt_path`."""
+    resume_ckpt_tag: str | None = None
+    """As `resume_ckpt_load_dir`."""
     use_dist_eval_sampler: bool = True
     """Several processes share the samples of an evaluation; false: each scores all."""
     world_size: int | None = None
@@ -145,6 +152,10 @@ class RunConfig:
     """Most tokens of an answer."""
     min_len: int | None = None
     """Fewest tokens of an answer."""
+    max_new_tokens: int | None = None
+    """MPP-LLaVA's name of `max_len`."""
+    min_new_tokens: int | None = None
+    """MPP-LLaVA's name of `min_len`."""
     num_beams: int | None = None
     """Beams of an answer."""
     use_nucleus_sampling: bool | None = None
@@ -189,8 +200,15 @@ class RunConfig:
             raise ConfigError(f"ema_decay is {self.ema_decay}; it lies in 0 <= ema_decay < 1.")
         if self.dist_url != "env://":
             raise ConfigError(f"dist_url is {self.dist_url!r}; torchrun tells processes how they meet: env://.")
+        if self.resume_ckpt_load_dir or self.resume_ckpt_tag:
+            raise ConfigError(
+                "resume_ckpt_load_dir and resume_ckpt_tag name DeepSpeed's own checkpoints, which a run does not go on "
+                "from; load their weights as model.finetuned, or give a checkpoint of lavish as resume_ckpt_path."
+            )
         if self.grad_norm_clip is not None:
             self.max_grad_norm = self.grad_norm_clip
+        if self.fsdp:
+            self.engine = "fsdp2"
 
 
 def lavis_run_config(cfg: Any, task_class: type) -> RunConfig:
@@ -205,6 +223,30 @@ def lavis_run_config(cfg: Any, task_class: type) -> RunConfig:
     """
     section = cfg.run_cfg
     own = getattr(task_class, "run_keys", ())  # a task written for LAVIS has none
-    known = {key: value for key, value in section.items() if key not in own}
+    known = {key: _whole(key, value) for key, value in section.items() if key not in own}
     layers = [configs.label(LAVIS_DEFAULTS, "LAVIS's defaults"), configs.label(known, "the recipe")]
-    return configs.check(configs.merge(*layers), RunConfig, "run")
+    merged = configs.merge(*layers)
+    if isinstance(known.get("deepspeed_config"), Mapping):
+        merged = configs.merge(_from_deepspeed(merged), merged)
+    return configs.check(merged, RunConfig, "run")
+
+
+def _whole(key: str, value: Any) -> Any:
+    """Give a whole number for `2e4`, which recipes of LAVIS write and YAML reads as a fraction."""
+    is_count = RunConfig.__annotations__.get(key) is int
+    return int(value) if is_count and isinstance(value, float) and value.is_integer() else value
+
+
+def _from_deepspeed(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the keys of `run:` that DeepSpeed's settings inside a recipe of MPP-LLaVA say; its own keys count more."""
+    settings = run["deepspeed_config"]
+    params = (settings.get("optimizer") or {}).get("params") or {}
+    said = {
+        "accum_grad_iters": settings.get("gradient_accumulation_steps"),
+        "batch_size_train": settings.get("train_micro_batch_size_per_gpu"),
+        "grad_norm_clip": settings.get("gradient_clipping"),
+        "amp": (settings.get("bf16") or {}).get("enabled"),
+        "weight_decay": params.get("weight_decay"),
+        "beta2": (params.get("betas") or (None, None))[1],
+    }
+    return {key: value for key, value in said.items() if value is not None}
