@@ -355,6 +355,7 @@ def test_a_builder_of_ones_own(tmp_path: Path, cache: Path, monkeypatch: pytest.
     from own_data import WordsBuilder  # type: ignore[import-not-found]
 
     monkeypatch.setitem(registry._kinds["builder"].entries, "words", WordsBuilder)
+    assert Config({"datasets": {"words": {}}}).datasets_cfg.words.colour == "red", "a recipe finds it too"
     datasets = load_dataset("words")
     assert {split: len(dataset) for split, dataset in datasets.items()} == {"train": 2, "val": 2}
     assert isinstance(datasets["train"], BaseDataset)

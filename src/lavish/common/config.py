@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "FieldHelp",
     "check",
     "field_help",
+    "find_default",
     "help_text",
     "label",
     "load_yaml",
@@ -326,9 +328,10 @@ def _model_defaults(asked: "DictConfig", names: Registry) -> list["DictConfig"]:
     arch, model_type = section.get("arch"), section.get("model_type")
     if arch is None or model_type is None:
         return []
+    owner = names.get_model_class(str(arch))
     # Networks alone, as the built-in ones are, have no default files.
-    files = getattr(names.get_model_class(str(arch)), "PRETRAINED_MODEL_CONFIG_DICT", {})
-    path = _default_file(files, model_type, f"model.model_type of {arch!r}")
+    files = getattr(owner, "PRETRAINED_MODEL_CONFIG_DICT", {})
+    path = _default_file(owner, files, model_type, f"model.model_type of {arch!r}")
     loaded = load_yaml(path)
     return [label({key: loaded[key] for key in ("model", "preprocess") if key in loaded}, str(path))]
 
@@ -336,8 +339,9 @@ def _model_defaults(asked: "DictConfig", names: Registry) -> list["DictConfig"]:
 def _dataset_defaults(asked: "DictConfig", names: Registry) -> list["DictConfig"]:
     found: list[DictConfig] = []
     for dataset, section in (asked.get("datasets") or {}).items():
-        files = names.get_builder_class(str(dataset)).DATASET_CONFIG_DICT
-        path = _default_file(files, (section or {}).get("type", "default"), f"datasets.{dataset}.type")
+        owner = names.get_builder_class(str(dataset))
+        kind = (section or {}).get("type", "default")
+        path = _default_file(owner, owner.DATASET_CONFIG_DICT, kind, f"datasets.{dataset}.type")
         values = (load_yaml(path).get("datasets") or {}).get(dataset)
         if values is None:
             raise ConfigError(f"{path}: the default config of dataset {dataset!r} has no section datasets.{dataset}.")
@@ -345,9 +349,19 @@ def _dataset_defaults(asked: "DictConfig", names: Registry) -> list["DictConfig"
     return found
 
 
-def _default_file(files: Mapping[str, str], name: str, key: str) -> Path:
-    """Give the path of a default YAML; relative ones stand in the package."""
+def _default_file(owner: type, files: Mapping[str, str], name: str, key: str) -> Path:
+    """Give the path of a default YAML of a class."""
     if name not in files:
         known = ", ".join(files) or "none"
         raise ConfigError(f"{key} is {name!r}.{did_you_mean(str(name), files)} Known: {known}.")
-    return PACKAGE / files[name]
+    return find_default(files[name], owner)
+
+
+def find_default(path: str, owner: type) -> Path:
+    """Give where a class's default YAML is: a relative path stands in lavish's package, else beside the class's module
+    or in one of the two folders above it, else in the working folder.
+    """
+    module = sys.modules.get(owner.__module__)
+    file = getattr(module, "__file__", None)  # a module of a notebook has none
+    own = [] if file is None else list(Path(file).resolve().parents[:3])
+    return next((place / path for place in (PACKAGE, *own, Path.cwd()) if (place / path).is_file()), PACKAGE / path)

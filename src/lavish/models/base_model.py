@@ -18,7 +18,7 @@ from lavish.checkpoints import lavis
 from lavish.checkpoints.download import fetch, is_url
 from lavish.checkpoints.loading import load_into
 from lavish.checkpoints.rules import Rule
-from lavish.common.config import PACKAGE, load_yaml, merge
+from lavish.common.config import find_default, load_yaml, merge
 from lavish.common.errors import ConfigError, did_you_mean, shown
 
 
@@ -30,7 +30,7 @@ class BaseModel(nn.Module):
 
     @classmethod
     def default_config_path(cls, model_type: str) -> Path:
-        """Give the YAML of a model type; a relative path stands in the package.
+        """Give the YAML of a model type; a relative path stands in the package, or beside the class's module.
 
         Raises:
             ConfigError: the class has no such type.
@@ -39,7 +39,7 @@ class BaseModel(nn.Module):
             known = ", ".join(cls.PRETRAINED_MODEL_CONFIG_DICT) or "none"
             hint = did_you_mean(str(model_type), cls.PRETRAINED_MODEL_CONFIG_DICT)
             raise ConfigError(f"{cls.__name__} has no model type {model_type!r}.{hint} Known: {known}.")
-        return PACKAGE / cls.PRETRAINED_MODEL_CONFIG_DICT[model_type]
+        return find_default(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type], cls)
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> BaseModel:

@@ -10,7 +10,6 @@ LAVISH_CACHE may name a cache that LAVIS has filled.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from lavish.checkpoints.download import cache_folder, fetch, is_url, offline
 from lavish.common import dist
-from lavish.common.config import PACKAGE, load_yaml
+from lavish.common.config import find_default, load_yaml
 from lavish.common.errors import ConfigError, DataError, did_you_mean, shown
 from lavish.common.registry import registry
 from lavish.datasets.datasets.base_dataset import BaseDataset
@@ -88,11 +87,7 @@ class BaseDatasetBuilder:
                 f"{cls.__name__} has no config of the type {type!r}."
                 f"{did_you_mean(str(type), cls.DATASET_CONFIG_DICT)} Known: {known}."
             )
-        given = Path(cls.DATASET_CONFIG_DICT[type])
-        own = Path(getattr(sys.modules.get(cls.__module__), "__file__", None) or ".").resolve()  # a REPL has no file
-        places = [PACKAGE, *own.parents[:3], Path.cwd()]
-        found = (place / given for place in places if (place / given).is_file())
-        return str(next(found, PACKAGE / given))
+        return str(find_default(cls.DATASET_CONFIG_DICT[type], cls))
 
     # -- what is asked for
 
