@@ -46,7 +46,6 @@ MAX_FUNCTION_LINES = 40
 LONG_FUNCTIONS = {  # function: why it may be longer
     "lavish.cli.chat.command": "its options, each checked and passed on by name",
     "lavish.cli.predict.command": "as chat's",
-    "lavish.checkpoints.deepspeed.survey": "one walk over the files of a checkpoint, whose findings belong together",
     "lavish.checkpoints.loading.load_into": "one pass over the tensors, whose state every step needs",
     "lavish.inference.load.load": "the front door: every option of it is resolved here, one after the other",
 }

@@ -112,10 +112,9 @@ def survey(path: Path) -> Run:
     states = [share["optimizer_state_dict"] for share in shares.values()]
     stage = _stage(folder, states) if states else _stage_of_config(first)
     if stage == 3 and not states:
-        stated = _natural(first.get("dp_world_size"))
         raise MissingKeys(
-            f"{folder}: none of the {stated or 'processes'} optimizer files of ZeRO 3 is there "
-            "(zero_pp_rank_0_mp_rank_00_optim_states.pt ...), and they hold the weights. Fetch them."
+            f"{folder}: no optimizer file of ZeRO 3 (zero_pp_rank_0_mp_rank_00_optim_states.pt ...) is there, and they "
+            "hold the weights. Fetch them."
         )
     if states and first.get("param_shapes") is None:
         shares, states = {}, []  # an optimizer that ZeRO did not cut; the module is whole
@@ -124,17 +123,8 @@ def survey(path: Path) -> Run:
     _check_same(folder, together, "global_steps")
     _check_same(folder, together | {optimizers[rank]: share for rank, share in shares.items()}, "ds_version")
     absent: list[str] = []
-    if shares:
-        model = optimizers[min(optimizers)].name
-        absent += [_named(model, rank) for rank in range(world) if rank not in shares]
-    if stage == 3:
-        absent += [_named(models[min(models)].name, rank) for rank in range(world) if rank not in trees]
-    extra = sorted(rank for rank in {*shares, *(trees if stage == 3 else ())} if rank >= world)
-    if extra:
-        raise CheckpointError(
-            f"{folder}: holds a shard of process {extra[0]}, and the others are of a run of {world}: files of two runs "
-            "lie together. Fetch the step again into an empty folder."
-        )
+    for files, held in ((optimizers, shares), (models, trees if stage == 3 else {})):
+        absent += _absent(folder, files, held, world)
     return Run(
         folder=folder,
         stage=stage,
@@ -257,10 +247,6 @@ def _read(file: Path, needed: str) -> dict[str, Any]:
     return tree
 
 
-def _named(model: str, rank: int) -> str:
-    return re.sub(r"zero_pp_rank_\d+", f"zero_pp_rank_{rank}", model)
-
-
 def _natural(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value < 2**53 else None
 
@@ -302,6 +288,19 @@ def _world(folder: Path, states: Sequence[Mapping[str, Any]], model: Mapping[str
     if not 1 <= world <= 1_000_000:
         raise CheckpointError(f"{folder}: the optimizer files do not say among how many processes they were cut.")
     return world
+
+
+def _absent(folder: Path, files: Mapping[int, Path], held: Mapping[int, Any], world: int) -> list[str]:
+    """Name the files of a kind that are not there, after checking that none is there of another run."""
+    if not held:
+        return []
+    if extra := [rank for rank in sorted(held) if rank >= world]:
+        raise CheckpointError(
+            f"{folder}: holds a shard of process {extra[0]}, and the others are of a run of {world}: files of two runs "
+            "lie together. Fetch the step again into an empty folder."
+        )
+    name = files[min(files)].name
+    return [re.sub(r"zero_pp_rank_\d+", f"zero_pp_rank_{rank}", name) for rank in range(world) if rank not in held]
 
 
 def _check_same(folder: Path, trees: Mapping[Path, Mapping[str, Any]], key: str) -> None:
