@@ -42,7 +42,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         json_file.read_object(tmp_path)
     (tmp_path / "a.json").write_text("{}")
     monkeypatch.setattr(json_file, "MAX_BYTES", 1)
-    with pytest.raises(CheckpointError, match="2 bytes are too many"):
+    with pytest.raises(CheckpointError, match="2 bytes, and a file of this kind has at most 1"):
         json_file.read_object(tmp_path / "a.json")
 
 

@@ -8,8 +8,11 @@ from typing import Any
 
 from lavish.common.errors import CheckpointError
 
-MAX_BYTES = 100_000_000
-"""The index of a CogVLM2 has 120 kB; what is larger than this is no file of a release."""
+MAX_BYTES = 6_000_000
+"""The index of a CogVLM2 has 120 kB. As Python's objects a file may take 25 times its bytes."""
+MAX_WORDS_BYTES = 48_000_000
+"""Of a vocabulary: Llama 3's tokenizer.json has 9 to 17 MB."""
+WORDS = ("tokenizer.json", "vocab.json")
 
 
 NOT_FROM_FILES = ("attn_implementation", "experts_implementation", "attribute_map", "num_labels")
@@ -30,8 +33,9 @@ def read_object(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, is no JSON, or holds something else.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for a file of this kind.")
+        most = MAX_WORDS_BYTES if path.name in WORDS else MAX_BYTES
+        if (found := path.stat().st_size) > most:
+            raise CheckpointError(f"{path}: {found} bytes, and a file of this kind has at most {most}; fetch it again.")
         hook = _without_orders if path.name.endswith("config.json") else None  # a vocabulary may hold any word
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=hook)
     except OSError as error:

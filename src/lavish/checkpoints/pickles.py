@@ -24,9 +24,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from lavish.checkpoints.tensor_map import ITEM_BYTES, TensorInfo, TensorMap
+from lavish.checkpoints.zip_directory import open_archive
 from lavish.common.errors import CheckpointError, UnsafeCheckpoint
 
-MAX_PICKLE_BYTES = 64_000_000  # names and places only: 150 kB for a CogVLM2
+MAX_PICKLE_BYTES = 32_000_000  # names and places only: 150 kB for a CogVLM2
+MAX_OPCODES = 300_000
+"""About 45 a tensor, 55,000 for a CogVLM2; this many take half a second."""
 NEVER_OPENED = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 """File names that begin so hold pickled classes of a training script, never weights."""
 
@@ -116,18 +119,9 @@ def remembered() -> Iterator[None]:
 def _read_tree(file: Path, inert: Container[str]) -> Any:
     if file.name.startswith(NEVER_OPENED):
         raise UnsafeCheckpoint(f"{file}: holds a training run's pickled objects, not weights; never opened.")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = _records(file, archive)
-            pickle_bytes = archive.read(records["data.pkl"])
-    except CheckpointError:
-        raise
-    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error) as error:  # what zipfile raises
-        raise CheckpointError(
-            f"{file}: not a torch zip file ({error}): cut off while it was fetched, or saved by torch before 1.6. "
-            "In the second case save it as safetensors with the torch that made it, on a machine where you trust "
-            "the file."
-        ) from error
+    with open_archive(file) as archive:
+        records = _records(file, archive)
+        pickle_bytes = archive.read(records["data.pkl"])
     with file.open("rb") as handle:
         return _Interpreter(file, handle, records, inert).run(pickle_bytes)
 
@@ -235,7 +229,11 @@ class _Interpreter:
         """
         try:
             stream = io.BytesIO(pickle_bytes)
+            left = MAX_OPCODES
             while code := stream.read(1):
+                left -= 1
+                if left < 0:
+                    raise ValueError(f"more than {MAX_OPCODES} opcodes")
                 opcode = _OPCODES.get(code)
                 if opcode is None:
                     raise ValueError(f"{code!r} at {stream.tell() - 1} is no opcode")

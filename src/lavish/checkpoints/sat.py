@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import re
-import zipfile
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lavish.checkpoints.hf import inside
 from lavish.checkpoints.json_file import read_object
 from lavish.checkpoints.pickles import read_tree
 from lavish.checkpoints.tensor_map import Assembled, Piece, Stored, TensorInfo, TensorMap, view
+from lavish.checkpoints.zip_directory import open_archive
 from lavish.common.errors import CheckpointError, MissingKeys, ShapeMismatch, UnknownLayout, shown
 
 logger = logging.getLogger(__name__)
@@ -408,7 +408,7 @@ class _Checksums:
     def __init__(self, files: Iterable[Path]) -> None:
         self._records: dict[Path, list[tuple[int, int, int]]] = {}
         for file in files:
-            with zipfile.ZipFile(file) as archive:
+            with open_archive(file) as archive:
                 entries = archive.infolist()
             self._records[file] = sorted((entry.header_offset, entry.file_size, entry.CRC) for entry in entries)
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 import struct
-import zipfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from pickle import encode_long
 from typing import TYPE_CHECKING, Any
 
 from lavish.checkpoints.pickles import STORAGE_DTYPES
+from lavish.checkpoints.zip_directory import open_archive
 from lavish.common.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -101,9 +102,8 @@ class RecordSums:
     def __init__(self, file: Path) -> None:
         self._records: list[tuple[int, int, int, str]] = []  # first byte, end, checksum, name
         self._sums: dict[str, int] = {}
-        if not zipfile.is_zipfile(file):
-            return
-        with zipfile.ZipFile(file) as archive, file.open("rb") as handle:
+        # A file that is none, or damaged, has no records; whoever opens it for its tensors says what is wrong.
+        with suppress(CheckpointError), open_archive(file) as archive, file.open("rb") as handle:
             for entry in archive.infolist():
                 handle.seek(entry.header_offset + 26)
                 first = entry.header_offset + 30 + sum(struct.unpack("<HH", handle.read(4)))
