@@ -420,14 +420,16 @@ def test_two_processes_of_torchrun_give_what_one_gives(tmp_path: Path) -> None:
 
 def test_processes_that_share_weights_validate_as_one(tmp_path: Path) -> None:
     """Three held-out pictures and two processes: scores, best checkpoint and what the run leaves are those of one."""
-    one = torchrun(tmp_path / "one", 1, accum_grad_iters=2, max_epoch=1, init_lr=1e-6)
-    two = torchrun(tmp_path / "two", 2, engine="fsdp2", max_epoch=1, init_lr=1e-6)
+    rate = 1e-6
+    one = torchrun(tmp_path / "one", 1, accum_grad_iters=2, max_epoch=1, init_lr=rate)
+    two = torchrun(tmp_path / "two", 2, engine="fsdp2", max_epoch=1, init_lr=rate)
     assert lines(two / "validations.jsonl") == lines(one / "validations.jsonl")
     for name in ("checkpoint_best.pth", "checkpoint_last.pth"):
         ours, theirs = (torch.load(out / name, weights_only=True)["model"] for out in (two, one))
         assert ours.keys() == theirs.keys()
         for key, tensor in theirs.items():
-            torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-5)
+            # Where a gradient is nothing but rounding, Adam's step has either sign, and is no longer than the rate.
+            assert (ours[key] - tensor).abs().max() <= 2.1 * rate
     assert (two / "report.html").is_file()
 
 

@@ -36,6 +36,8 @@ CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 STATE_FILE, LOG_FILE, PLOT_FILE, LOCK_FILE = "state.pt", "log.jsonl", "loss.png", ".lock"
 VALIDATIONS_FILE = "validations.jsonl"
 NUM_KEPT_CHECKPOINTS = 2
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems without locks answer: there a second run is not noticed."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Read = Callable[[Path, dict[str, Any]], None]
@@ -73,6 +75,9 @@ class RunFolder:
                     f"{self.path}: another run is training here (process {file.read().strip() or 'unknown'}). Wait for "
                     "it, or set another run.output_dir."
                 ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
