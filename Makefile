@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all the set-up themselves; a second run starts at once.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test check lint format bench clean
+.PHONY: help setup setup-dev demo test check lint format bench fuzz clean
 
 PY := .venv/bin/python
 # One thread a test process: two of them on two cores would otherwise fight over four.
@@ -35,6 +35,9 @@ bench: setup-dev  ## run the benchmarks that need no GPU
 	@for script in benchmarks/*.py; do \
 		case "$$script" in *gpu*|*/_*) continue;; esac; \
 		echo "== $$script"; $(PY) "$$script" || exit 1; done
+
+fuzz: setup-dev  ## 100,000 mutated checkpoints through every reader; faults go to output/fuzz
+	@$(TEST_ENV) $(PY) scripts/fuzz.py --inputs $(or $(INPUTS),100000)
 
 clean:  ## remove caches and outputs; .venv stays (rm -r .venv removes it)
 	@rm -rf demo .pytest_cache .ruff_cache .hypothesis build dist
