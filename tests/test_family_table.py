@@ -1,12 +1,13 @@
 """docs/families.md says what the code can do."""
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
-from lavish.models import CAPABILITIES, FAMILIES
+from lavish.models import CAPABILITIES, FAMILIES, Family
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "write_family_table.py"
@@ -46,3 +47,10 @@ def test_the_index_names_every_page_and_links_lead_somewhere() -> None:
         text = (ROOT / readme).read_text(encoding="utf-8")
         assert "(docs/index.md)" in text
         assert [row.name for row in FAMILIES if f"(docs/{row.name}.md)" not in text] == []
+
+
+@pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.name)
+def test_every_layout_of_a_family_can_be_written(row: Family) -> None:
+    assert row.layouts[0] == "hf"
+    for layout in row.layouts[1:]:
+        assert callable(importlib.import_module(f"{row.package}.{layout}").plan_target)
