@@ -105,7 +105,7 @@ def test_large_coco_through_options_builds_the_large_vision_tower(tmp_path: Path
     ("option", "message"),
     [
         ("run.max_epochs=3", r"run\.max_epochs.*unknown key.*Did you mean 'max_epoch'"),
-        ("run.inference_method=genearte", r"run\.inference_method: 'genearte' is not one of.*Did you mean 'generate'"),
+        ("run.inference_method=genearte", r"run\.inference_method.*'genearte' is not one of.*Did you mean 'generate'"),
         ("run.task=captionning", "Did you mean 'captioning'"),
         ("run.runner=runner_bas", "Did you mean 'runner_base'"),
         ("run.lr_sched=linear_warmup_cosine", "Did you mean 'linear_warmup_cosine_lr'"),
