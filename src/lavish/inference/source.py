@@ -47,6 +47,8 @@ class Source:
     adapter: Path | Lora | None
     """The LoRA that belongs to it: its folder, or what lies in the same files."""
     overrides: dict[str, Any] = field(default_factory=dict)
+    network_class: Any = None
+    """Of a family that has several: the one that the file is of."""
 
     @property
     def is_folder_of_release(self) -> bool:
@@ -64,9 +66,6 @@ class Source:
         make = self.family.model_class if self.opened is not None else self.network_class
         with torch.device("meta"):
             return make(self.config)
-
-    network_class: Any = None
-    """Where the family has several: the one that the file is of."""
 
     @cached_property
     def places(self) -> Plan:
