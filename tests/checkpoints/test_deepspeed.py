@@ -398,9 +398,10 @@ def test_what_is_no_run(tmp_path: Path, name: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_deepspeed_writes_these_files(tmp_path: Path) -> None:
     """Two processes of deepspeed train and save: what is read equals what deepspeed itself makes of the files."""
-    program = [sys.executable, str(FIXTURES / "make.py"), str(tmp_path)]
-    subprocess.run(program, check=True, capture_output=True, timeout=600)
-    for case in CASES:
+    cases = ("zero2", "zero3")  # ten seconds each on two idle cores
+    program = [sys.executable, str(FIXTURES / "make.py"), str(tmp_path), *cases]
+    subprocess.run(program, check=True, capture_output=True, timeout=280)
+    for case in cases:
         assert_equal(deepspeed.read(tmp_path / case), expected(case, tmp_path))
         names = {str(file.relative_to(tmp_path)) for file in (tmp_path / case).rglob("*.pt")}
         assert names == {str(file.relative_to(FIXTURES)) for file in (FIXTURES / case).rglob("*.pt")}
