@@ -403,8 +403,8 @@ def _paddings(run: Run, groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     stated = run.shares[0].get("param_alignment_paddings")
     if stated is None:
         return [[0] * len(group) for group in groups]
-    is_fit = isinstance(stated, list) and len(stated) == len(groups)
-    for group, found in zip(groups, stated if is_fit else [None] * len(groups), strict=True):
+    fitting: list[Any] = stated if isinstance(stated, list) and len(stated) == len(groups) else [None] * len(groups)
+    for group, found in zip(groups, fitting, strict=True):
         if not isinstance(found, list) or len(found) != len(group) or any(_natural(one) is None for one in found):
             raise CheckpointError(f"{run.folder}: param_alignment_paddings do not fit the groups of parameters.")
     return stated

@@ -337,8 +337,8 @@ class _Interpreter:
             self.stack.append(arguments[0])
         elif target.name in REBUILDERS[:2] and len(arguments) >= 4:
             self.stack.append(self._tensor(*arguments[:4]))
-        elif target.name == REBUILD_TYPED and _is_typed(arguments):
-            self.stack.append(self._tensor(*arguments[2][:4]))
+        elif target.name == REBUILD_TYPED and (description := _typed(arguments)):
+            self.stack.append(self._tensor(*description))
         elif target.name in self.inert:
             self.stack.append(Inert(target.name, arguments))
         else:
@@ -403,16 +403,14 @@ class _Interpreter:
         return info
 
 
-def _is_typed(arguments: tuple[Any, ...]) -> bool:
-    """Tell whether these are (rebuilder, class, its arguments, attributes) of a tensor."""
-    return (
-        len(arguments) == 4
-        and all(isinstance(name, _Global) for name in arguments[:2])
-        and arguments[0].name in REBUILDERS[:2]
-        and arguments[1].name in TENSOR_TYPES
-        and type(arguments[2]) is tuple
-        and len(arguments[2]) >= 4
-    )
+def _typed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give storage, offset, shape and stride out of (rebuilder, class, its arguments, attributes) of a tensor; empty
+    where these are none."""
+    if len(arguments) != 4 or not all(isinstance(name, _Global) for name in arguments[:2]):
+        return ()
+    rebuilder, kind, inner, _ = arguments
+    is_one = rebuilder.name in REBUILDERS[:2] and kind.name in TENSOR_TYPES
+    return inner[:4] if is_one and type(inner) is tuple and len(inner) >= 4 else ()
 
 
 def _natural(value: Any) -> bool:

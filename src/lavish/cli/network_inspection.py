@@ -52,7 +52,7 @@ def look(name_or_path: str | Path, overrides: Mapping[str, Any], pieces: Mapping
         has_weights=seen.tensors is not None,
         memory=_memory(seen),
         notes=[] if seen.tensors is not None else [NO_WEIGHTS if is_here else NOT_HERE.format(kind)],
-        **seen.problems(),
+        **seen.problems(),  # pyright: ignore[reportArgumentType] - missing, unexpected, misshaped
     )
 
 

@@ -132,7 +132,7 @@ def load(
             f"adapter= was given, and {folder} holds a LoRA of its own. Merge that first (lavish convert "
             "--merge-lora), or put the other one on the loaded network: vlm.load_adapter(path, name)."
         )
-    adapter = own if adapter is None else adapter
+    worn = own if adapter is None else adapter
     weight_dtype = resolve_dtype(dtype, _stored_dtype(release.tensors), target)
     if release.is_int8 and quantization is not None:
         raise ConfigError(f"{folder} was saved in int8 already; load it without quantization={quantization!r}.")
@@ -140,9 +140,7 @@ def load(
     if release.is_int8 or quantization == INT8:
         warn_if_slow(weight_dtype, target)
     if parallel is not None:
-        refuse_with_parallel(
-            is_quantized=is_quantized, has_adapter=adapter is not None, pack=pack, device_map=device_map
-        )
+        refuse_with_parallel(is_quantized=is_quantized, has_adapter=worn is not None, pack=pack, device_map=device_map)
     blocks = None
     if parallel is None:
         how = {"device": device, "device_map": device_map, "is_quantized": is_quantized, "pack": pack}
@@ -152,7 +150,7 @@ def load(
         dtype=weight_dtype,
         device=target,
         is_quantized=is_quantized,
-        has_adapter=adapter is not None,
+        has_adapter=worn is not None,
     )
     # Before the weights: a wrong tokenizer is found in a second, not after minutes of reading.
     processor = release.processor(tokenizer, is_overridden=bool(overrides))
@@ -162,8 +160,8 @@ def load(
         network = layer_split.load_split(release.family, release.config, release.tensors, blocks, dtype=weight_dtype)
     else:
         network = _load_network(release, weight_dtype, target, quantization, quantize_vision)
-    if adapter is not None:
-        found = adapter if isinstance(adapter, Lora) else Path(adapter)
+    if worn is not None:
+        found = worn if isinstance(worn, Lora) else Path(worn)
         network = apply_adapter(network, found, native=release.family.native_adapter)
         if release.release is not None and release.release.adapted is not None:
             release.release.adapted(network)

@@ -209,7 +209,7 @@ class Job:
         left = [[index for index in batch if (name, split, index) not in answered] for batch in cut]
         return [batch for batch in left if batch]
 
-    def _loader(self, dataset: Any, batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, batches: Sequence[list[int]]) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=batches,

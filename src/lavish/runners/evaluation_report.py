@@ -23,7 +23,7 @@ MAX_SIDE = 224  # pixels of a shown picture
 ANSWERS = ("answer", "caption", "prediction", "choice")
 """Keys of a result that are shown as the answer."""
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 OpenPicture = Callable[[Row], Any]
 
 STYLE = """

@@ -116,7 +116,7 @@ def read_coco_captions(path: Path) -> dict[Any, list[str]]:
     return found
 
 
-def texts(value: Any) -> list[str]:
+def texts(value: Any) -> list[Any]:
     """Give one text or a list of them as a list."""
     return [value] if isinstance(value, str) else list(value or [])
 

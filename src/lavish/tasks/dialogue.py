@@ -33,7 +33,9 @@ class LossTask(ScoredTask):
         results = []
         for row in rows_of(samples):
             output = model(row)
-            result = {name: float(value) for name, value in output.items() if "loss" in name and value is not None}
+            result: dict[str, Any] = {
+                name: float(value) for name, value in output.items() if "loss" in name and value is not None
+            }
             ids = row.get(self.inst_id_key)
             result[self.inst_id_key] = None if ids is None else ",".join(str(plain(one)) for one in ids)
             result["num_samples"] = num_samples(row)

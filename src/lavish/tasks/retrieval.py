@@ -68,8 +68,8 @@ class RetrievalTask(ScoredTask):
         words = torch.cat(
             [
                 model.extract_features({"text_input": texts[at : at + TEXTS_AT_ONCE]}, "text")
-                .text_embeds_proj[:, 0]
-                .cpu()  # pyright: ignore
+                .text_embeds_proj[:, 0]  # pyright: ignore[reportOptionalSubscript] - there by the mode
+                .cpu()
                 for at in range(0, len(texts), TEXTS_AT_ONCE)
             ]
         )

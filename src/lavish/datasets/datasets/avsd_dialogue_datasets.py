@@ -23,7 +23,7 @@ class AVSDDialDataset(DialogueDataset):
     def sample(self, index: int) -> dict[str, Any]:
         """Give one turn, with the features of its video."""
         record = self.annotation[index]
-        video = self.vis_processor(self.vis_root, need(record, "image_id"))
+        video = self.vis_processor(self.vis_root, need(record, "image_id"))  # pyright: ignore[reportCallIssue] - of features
         return {
             **self.text_processor(record),
             "video_fts": video["video_fts"],

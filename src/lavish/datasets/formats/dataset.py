@@ -130,7 +130,8 @@ class ReferringDataset(BaseDataset):
         self._add_instance_ids()
         for index, record in enumerate(self.annotation):
             try:
-                corners(record), size_of(record)
+                corners(record)
+                size_of(record)
             except DataError as error:
                 raise DataError(f"{self.where(index)}: {error}") from error
 

@@ -110,8 +110,10 @@ def open_table(path: Path, *, streaming: bool = False) -> TableRows | TableStrea
         DataError: nothing that it can read, or several splits and none called train.
     """
     try:
-        import datasets
-        import datasets.features  # a folder called datasets, of whoever runs this, is no such package
+        import datasets  # pyright: ignore[reportMissingImports] - an extra
+
+        # A folder called datasets, of whoever runs this, is no such package.
+        import datasets.features  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingDependency(
             f"{path}: Hugging Face data sets need the package datasets; pip install 'lavish[data]'."
@@ -138,7 +140,7 @@ def open_table(path: Path, *, streaming: bool = False) -> TableRows | TableStrea
 
 def undecoded(table: Any) -> Any:
     """Keep pictures as they are encoded: they are opened by lavish's own limits, once."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports] - an extra
 
     def plain(feature: Any) -> Any:
         if isinstance(feature, datasets.Image):

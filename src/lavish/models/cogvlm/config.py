@@ -248,7 +248,7 @@ def read_config(config: dict, where: str, **overrides) -> CogVLMConfig:
     unknown = [key for key in overrides if key not in known]
     if unknown:
         raise ConfigError(f"config: {unknown[0]!r} is no field of CogVLMConfig.{did_you_mean(unknown[0], known)}")
-    renamed = {CogVLMConfig.attribute_map.get(key, key): value for key, value in overrides.items()}
+    renamed = {str(CogVLMConfig.attribute_map.get(key, key)): value for key, value in overrides.items()}
     vision = dict(config.get("vision_config") or {})
     _check_present(config, vision, renamed, where)
     fields = {key: value for key, value in config.items() if key not in ("auto_map", "model_type", "vision_config")}
