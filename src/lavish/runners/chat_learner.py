@@ -152,7 +152,7 @@ class ChatLearner(BaseModel):
             base=settings.base,
             tokenizer=settings.tokenizer,
             config=settings.config or None,
-            **settings.pieces,
+            **settings.pieces,  # pyright: ignore[reportArgumentType] - paths by the names of pieces
         )
         return cls(vlm, settings)
 

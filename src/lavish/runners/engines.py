@@ -85,9 +85,10 @@ class Engine:
 
     def clip(self, model: nn.Module, max_norm: float) -> float | None:
         """Clip the gradients to a norm over all of them, and give what it was; None where it is not known yet."""
+        from torch.distributed.tensor import DTensor
+
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        # A sharded norm is a DTensor.
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def full(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give a weight whole, in every process."""

@@ -382,7 +382,7 @@ def evaluate(recipe: DictConfig, progress: Callable[[int, int], None]) -> dict[s
     folder = Path(run.output_dir)
     configs.save(recipe, folder / CONFIG_FILE)
     started = time.perf_counter()
-    summary = task.evaluation(vlm, folder, run.batch_size_eval, progress)
+    summary = task.evaluation(vlm, folder, run.batch_size_eval, progress)  # pyright: ignore[reportCallIssue] - scenes
     weight = next(vlm.model.parameters())
     record = {
         "model": source.path or "pocket",
