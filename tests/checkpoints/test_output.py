@@ -204,8 +204,25 @@ def test_a_source_that_is_gone_is_told_apart_from_a_bad_disk(tmp_path: Path) -> 
     def gone() -> torch.Tensor:
         raise FileNotFoundError("no source any more")
 
-    files = (TensorFile("a.safetensors", (Output("a", (3,), "float32", gone),), SafetensorsFormat),)
+    def plan(make: Callable[[], torch.Tensor]) -> TargetPlan:
+        outputs = (output("b", torch.ones(3), made), Output("a", (3,), "float32", make))
+        return TargetPlan((TensorFile("a.safetensors", outputs, SafetensorsFormat),))
+
+    made: list[str] = []
     with pytest.raises(CheckpointError, match="'a' cannot be read from its source: no source any more"):
+        write(tmp_path / "new", plan(gone), resume_bytes=1)
+    assert [entry.name for entry in tmp_path.iterdir()] == [partial_folder(tmp_path / "new").name]
+    write(tmp_path / "new", plan(lambda: torch.zeros(3)), resume_bytes=1)  # the disk came back
+    assert made == ["b"]
+    assert hf.read(tmp_path / "new" / "a.safetensors")["a"].tolist() == [0, 0, 0]
+
+
+def test_a_source_that_is_wrong_leaves_nothing(tmp_path: Path) -> None:
+    def wrong() -> torch.Tensor:
+        raise CheckpointError("'a' holds 2 values beyond float16")
+
+    files = (TensorFile("a.safetensors", (Output("a", (3,), "float32", wrong),), SafetensorsFormat),)
+    with pytest.raises(CheckpointError, match="beyond float16"):
         write(tmp_path / "new", TargetPlan(files))
     assert list(tmp_path.iterdir()) == []  # the same call would stop there again
 

@@ -176,6 +176,11 @@ def test_a_sound_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Nothing is wrong." in told.err
 
 
+def test_a_check_takes_no_options_of_writing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--check", V2, "--to", "sat", "--verify", "--dtype", "bf16") == 2
+    assert "it takes no --to, --dtype, --verify" in capsys.readouterr().err
+
+
 def test_what_is_no_number_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(V2, tmp_path / "bad", ignore=shutil.ignore_patterns("model*"))
     weights = {name: value.clone() for name, value in hf.read(V2).items()}

@@ -244,6 +244,35 @@ def test_a_single_file_of_mindspore_says_what_is_not_in_it(tmp_path: Path) -> No
     assert_equal_files(V2, tmp_path / "back")
 
 
+@pytest.mark.parametrize(
+    ("name", "to", "says"),
+    [
+        ("x.ckpt", "hf", "'hf' is a folder, and this is a file's name. A .ckpt file is of the layout 'mindspore'"),
+        ("x.safetensors", "hf", "'hf' is a folder"),
+        ("x.pth", "mindspore", "'mindspore' is a folder, or a file that ends in .ckpt.*layout 'lavis'"),
+        ("x.ckpt", "sat", "'sat' is a folder"),
+    ],
+)
+def test_a_file_is_named_as_its_layout_is(tmp_path: Path, name: str, to: str, says: str) -> None:
+    """What forgets `--to mindspore` gets no 39 GB of safetensors under a name that nothing loads."""
+    with pytest.raises(ConfigError, match=says):
+        convert(V2, tmp_path / name, to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_destination_beside_an_iteration_lies_in_the_source(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "cogvlm_sat" / "open" / "checkpoint", tmp_path / "sat")
+    with pytest.raises(ConfigError, match="lies in the source"):
+        convert(tmp_path / "sat" / "1", tmp_path / "sat" / "2")
+    assert not (tmp_path / "sat" / "2").exists()
+
+
+def test_a_single_file_of_gpt_dialogue_is_verified(tmp_path: Path) -> None:
+    source = FIXTURES / "gpt_dialogue" / "open" / "checkpoint"
+    convert(source, tmp_path / "hf", config={"n_head": 4})
+    assert convert(tmp_path / "hf", tmp_path / "g.pth", "lavis", verify=True).is_verified
+
+
 def test_a_single_file_of_lavis(tmp_path: Path) -> None:
     source = FIXTURES / "blip_caption" / "open" / "checkpoint"
     heads = {name: {"num_attention_heads": 4} for name in ("vision_config", "text_config")}

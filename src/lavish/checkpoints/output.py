@@ -392,8 +392,9 @@ def write_plan(
                 _check_space(plan, partial, destination)
             try:
                 writing.write_files()
-            except CheckpointError:  # of the source: the same command would stop here again
-                shutil.rmtree(partial)
+            except CheckpointError as error:
+                if not isinstance(error.__cause__, OSError):  # a disk may come back; the same values stop it again
+                    shutil.rmtree(partial)
                 raise
             _add_small(plan, partial, destination)
         _publish(plan, partial, destination)
@@ -579,7 +580,9 @@ def _make(output: Output) -> torch.Tensor:
     try:
         return output.make()
     except OSError as error:
-        raise CheckpointError(f"{output.name!r} cannot be read from its source: {error}.") from error
+        raise CheckpointError(
+            f"{output.name!r} cannot be read from its source: {error}. The same command goes on from here."
+        ) from error
 
 
 def _check_made(output: Output, tensor: torch.Tensor) -> None:

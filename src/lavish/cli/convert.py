@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lavish.inference.convert import Report
 
 WRONG = 1
+SHARD_SIZE = "5GB"
 SHOWN_NAMES = 4
 HEARTBEAT_S = 10.0
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -29,7 +30,7 @@ def command(
     ],
     destination: Annotated[
         str | None,
-        typer.Argument(metavar="DST", show_default=False, help="Folder (or .ckpt, .pth, .safetensors) to write."),
+        typer.Argument(metavar="DST", show_default=False, help="Folder to write, or .ckpt (mindspore), .pth (lavis)."),
     ] = None,
     to: Annotated[
         str, typer.Option("--to", metavar="LAYOUT", help="hf, sat, lavis, mindspore, vlm_learning, or peft: its LoRA.")
@@ -43,7 +44,7 @@ def command(
     ] = 1,
     shard_size: Annotated[
         str, typer.Option("--shard-size", metavar="SIZE", help="Most bytes of a file of hf, such as 5GB or 500MB.")
-    ] = "5GB",
+    ] = SHARD_SIZE,
     merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Add its LoRA to the weights.")] = False,
     clamp: Annotated[
         bool, typer.Option("--clamp", help="Write the largest value in the place of one that --dtype cannot hold.")
@@ -79,6 +80,11 @@ def command(
     if check:
         if destination is not None:
             raise ConfigError(f"--check reads {source} alone and writes nothing; leave out {shown(destination)}.")
+        writing = {"--to": to != "hf", "--dtype": dtype, "--model-parallel": model_parallel != 1, "--clamp": clamp}
+        writing |= {"--merge-lora": merge_lora, "--verify": verify, "--tokenizer": tokenizer}
+        writing["--shard-size"] = max_shard_bytes != read_size(SHARD_SIZE)
+        if ignored := [name for name, is_given in writing.items() if is_given]:
+            raise ConfigError(f"--check reads and writes nothing, so it takes no {', '.join(ignored)}.")
         return _check(path, base, config, pieces, as_json)
     if destination is None:
         raise ConfigError("Where to? Give a destination: lavish convert SRC DST; or --check to read SRC alone.")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import lavish.models as table
-from lavish.checkpoints import hf, hub
+from lavish.checkpoints import hf, hub, sat
 from lavish.checkpoints.output import (
     Output,
     TargetOptions,
@@ -33,6 +33,9 @@ from lavish.inference.hf_target import plan_hf, tokenizer_files
 from lavish.inference.lora import deltas, plan_adapter
 from lavish.inference.source import Source, network_outputs, open_source
 
+UNCOUNTED = "What was clamped before the run was stopped is not counted here; --verify counts all of it."
+FILE_TARGETS = {"mindspore": ".ckpt", "lavis": ".pth"}
+"""What can be one file, and by which suffix it is known again."""
 TARGETS = ("hf", "sat", "lavis", "mindspore", "vlm_learning", "peft")
 """Layouts that `to=` names."""
 WITH_TOKENIZER = ("hf", "sat", "mindspore")
@@ -104,7 +107,7 @@ def convert(
 
     Args:
         source: any layout that `lavish.load` reads, or the folder of a PEFT adapter.
-        destination: where nothing is yet: a folder, or a file by its suffix (`.ckpt`, `.pth`, `.safetensors`).
+        destination: where nothing is yet: a folder, or one file of mindspore (`.ckpt`) or lavis (`.pth`).
         to: one of `TARGETS`.
         dtype: of floating-point tensors: "bf16", "fp16", "fp32"; None: as stored.
         model_parallel: ranks that the target is cut for.
@@ -135,8 +138,9 @@ def convert(
         if value is not None:
             check_path(value, what)
     path, target = hub.resolve(source), Path(os.path.expanduser(destination))
-    check_destination(target)
-    _check_apart(path, target)
+    _check_suffix(target, to)
+    for place in (sat.find_root(path) or path, *(hub.resolve(piece) for piece in (pieces or {}).values())):
+        _check_apart(place, target)
     job = _plan(path, target, to, options, tokenizer, {"base": base, "config": config, "pieces": pieces})
     _check_apart(job.source.path if job.source is not None else path, target)
     asked = {"to": to, "dtype": options.dtype, "model_parallel": model_parallel, "max_shard_bytes": max_shard_bytes}
@@ -159,7 +163,7 @@ def convert(
         dropped=job.plan.dropped,
         made=job.plan.made,
         clamped=dict(options.clamped),
-        notes=tuple(job.notes),
+        notes=(*job.notes, *([UNCOUNTED] if resumed and clamp and not verify else [])),
         resumed_bytes=resumed,
         seconds=time.monotonic() - started_s,
         is_verified=verify,
@@ -190,6 +194,17 @@ def _check_target(to: Any, model_parallel: int, merge_lora: bool) -> None:
         raise ConfigError(f"model_parallel={model_parallel} was asked, and files of {to!r} are whole; leave it out.")
     if merge_lora and to == "peft":
         raise ConfigError("merge_lora adds the LoRA to the weights, and to='peft' writes it alone; give one of them.")
+
+
+def _check_suffix(destination: Path, to: str) -> None:
+    """Refuse what exists, and a file's name for a layout that is a folder, or that is known by another one."""
+    check_destination(destination)
+    if not is_file_target(destination) or destination.suffix == FILE_TARGETS.get(to):
+        return
+    layout = next((name for name, suffix in FILE_TARGETS.items() if suffix == destination.suffix), None)
+    own = f"a folder, or a file that ends in {FILE_TARGETS[to]}" if to in FILE_TARGETS else "a folder"
+    meant = f" A {destination.suffix} file is of the layout {layout!r}: did you mean that?" if layout else ""
+    raise ConfigError(f"{destination}: the layout {to!r} is {own}, and this is a file's name.{meant}")
 
 
 def _check_apart(source: Path, destination: Path) -> None:
@@ -309,12 +324,13 @@ def _untold(source: Source, destination: Path, to: str) -> dict[str, Any] | None
         return None
     if source.opened is not None:
         return source.fields
-    heads = "num_attention_heads"
-    return {
-        name: {heads: value[heads]}
-        for name, value in source.fields.items()
-        if isinstance(value, Mapping) and heads in value
-    }
+    nested = {name: _heads(value) for name, value in source.fields.items() if isinstance(value, Mapping)}
+    return _heads(source.fields) | {name: found for name, found in nested.items() if found}
+
+
+def _heads(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the numbers of heads, which no tensor shows."""
+    return {name: fields[name] for name in ("num_attention_heads", "n_head") if name in fields}
 
 
 def _compare(
