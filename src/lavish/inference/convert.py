@@ -139,8 +139,7 @@ def convert(
             check_path(value, what)
     path, target = hub.resolve(source), Path(os.path.expanduser(destination))
     _check_suffix(target, to)
-    for place in (sat.find_root(path) or path, *(hub.resolve(piece) for piece in (pieces or {}).values())):
-        _check_apart(place, target)
+    _check_apart(sat.find_root(path) or path, target, *(hub.resolve(piece) for piece in (pieces or {}).values()))
     job = _plan(path, target, to, options, tokenizer, {"base": base, "config": config, "pieces": pieces})
     _check_apart(job.source.path if job.source is not None else path, target)
     asked = {"to": to, "dtype": options.dtype, "model_parallel": model_parallel, "max_shard_bytes": max_shard_bytes}
@@ -207,8 +206,10 @@ def _check_suffix(destination: Path, to: str) -> None:
     raise ConfigError(f"{destination}: the layout {to!r} is {own}, and this is a file's name.{meant}")
 
 
-def _check_apart(source: Path, destination: Path) -> None:
-    """Refuse a destination in the source's folder: it would be taken for a piece of it."""
+def _check_apart(source: Path, destination: Path, *pieces: Path) -> None:
+    """Refuse a destination in the source's folder, or in a piece's: it would be taken for a part of it."""
+    for piece in pieces:
+        _check_apart(piece, destination)
     inside, here = source.resolve(), destination.parent.resolve() / destination.name
     if inside.is_file():
         if here == inside:
