@@ -41,6 +41,18 @@ class FileSum:
     wrong: tuple[str, ...] = ()
     """Records of a torch zip file whose bytes do not have their checksum."""
 
+    def problems(self) -> list[str]:
+        """Say what is wrong with its bytes, a sentence each."""
+        found: list[str] = []
+        if self.wrong:
+            names = ", ".join(self.wrong[:4])
+            found.append(f"{self.file}: the bytes of {names} are not those that were written; fetch it again.")
+        if self.expected not in (None, self.sha256):
+            found.append(
+                f"{self.file}: its SHA-256 is {self.sha256}, and the hub's is {self.expected}; fetch it again."
+            )
+        return found
+
 
 @dataclass
 class Part:
@@ -164,11 +176,7 @@ def check(
     file_bytes = sum(file.stat().st_size for file in files)
     total = file_bytes + sum(info.nbytes for tensors in maps.values() for info in _each_once(tensors).values())
     sums = tuple(_summed(files, lambda done: tell("check", done, total)))
-    problems += [
-        f"{found.file}: its SHA-256 is {found.sha256}, and the hub's is {found.expected}; fetch it again."
-        for found in sums
-        if found.expected not in (None, found.sha256)
-    ]
+    problems += [problem for found in sums for problem in found.problems()]
     if source is None:
         return Checkup(folder, "", "", sums, (), tuple(problems), ())
     parts, notes = _statistics(source, maps, problems, lambda done: tell("check", file_bytes + done, total))
