@@ -5,6 +5,7 @@ Without torchrun there is one process and nothing here does anything. torch is i
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
@@ -49,6 +50,15 @@ def start(device_type: str) -> None:
             "or unset WORLD_SIZE."
         )
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Leave the processes of the run. At the end of Python: gloo's threads that outlive it abort the process."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def add_up(tensors: Iterable[torch.Tensor]) -> None:
