@@ -11,7 +11,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lavish.common.errors import ConfigError, did_you_mean, shown
+from lavish.checkpoints.tensor_map import TensorMap
+from lavish.common.errors import ConfigError, MissingKeys, ShapeMismatch, UnexpectedKeys, did_you_mean, shown
 
 LANGUAGE, IMAGE, TOWER, PROJECTOR, EMBEDDINGS, HEAD, NORMS = (
     "language experts",
@@ -272,3 +273,29 @@ def _projector(sizes: Sizes, prefix: str) -> Iterator[Tensor]:
     yield Tensor(f"{prefix}.dense_h_to_4h.weight", (inner, hidden), PROJECTOR, is_linear=True)
     yield Tensor(f"{prefix}.gate_proj.weight", (inner, hidden), PROJECTOR, is_linear=True)
     yield Tensor(f"{prefix}.dense_4h_to_h.weight", (hidden, inner), PROJECTOR, is_linear=True)
+
+
+def check_tensors(sizes: Sizes, stored: TensorMap, model: str, layout: str) -> None:
+    """Hold names and shapes against the config's, before they are written in another layout.
+
+    Raises:
+        MissingKeys, UnexpectedKeys, ShapeMismatch: they differ; `model` and `layout` are what the message calls them.
+    """
+    expected = {tensor.name: tensor for tensor in tensors(sizes)}
+    missing = [name for name, tensor in expected.items() if name not in stored and not tensor.is_optional]
+    unexpected = [name for name in stored if name not in expected]
+    if missing:
+        raise MissingKeys(
+            f"{stored.path}: {len(missing)} of {len(expected)} tensors of a {model} of this config are absent, first "
+            f"{missing[0]!r}.{stored.shards_sentence()}"
+        )
+    if unexpected:
+        raise UnexpectedKeys(
+            f"{stored.path}: {len(unexpected)} tensors have no place in {layout}, first {unexpected[0]!r}."
+            f"{did_you_mean(unexpected[0], expected)}"
+        )
+    for name, tensor in expected.items():
+        if name in stored and stored.info(name).shape != tensor.shape:
+            raise ShapeMismatch(
+                f"{stored.path}: {name!r} is {stored.info(name).shape}, and {tensor.shape} by the config."
+            )

@@ -27,7 +27,6 @@ from lavish.checkpoints.tensor_map import Stored, TensorMap, reshaped, view
 from lavish.common.errors import (
     CheckpointError,
     ConfigError,
-    MissingKeys,
     ShapeMismatch,
     UnexpectedKeys,
     UnknownLayout,
@@ -196,7 +195,7 @@ def plan_target(fields: Mapping[str, Any], tensors: TensorMap, options: TargetOp
         raise ConfigError(
             f"{where}: a CogVLM v1, which MindFormers never had; it has CogVLM2 alone. Layouts that hold it: hf, sat."
         )
-    _check_tensors(sizes, tensors)
+    manifest.check_tensors(sizes, tensors, "CogVLM2", "MindFormers' CogVLM2")
     kept, dropped, made = _targets(sizes, float(fields.get("rope_theta") or ROPE_THETA), tensors, options)
     name = f"cogvlm2_{'video' if sizes.is_video else 'image'}"
     texts = {"config.json": json.dumps(_released(fields), indent=2).encode() + b"\n"}
@@ -281,28 +280,6 @@ def _check_ranks(sizes: manifest.Sizes, num_ranks: int) -> None:
     if num_ranks < 1 or (odd := [f"{name} {value}" for name, value in widths.items() if value % num_ranks]):
         what = " and ".join(odd) if num_ranks > 0 else "anything"
         raise ConfigError(f"--model-parallel {num_ranks} does not divide {what}; 1, 2, 4 or 8 do for the release.")
-
-
-def _check_tensors(sizes: manifest.Sizes, tensors: TensorMap) -> None:
-    """Hold the names and shapes against the config's."""
-    expected = {tensor.name: tensor for tensor in manifest.tensors(sizes)}
-    missing = [name for name, tensor in expected.items() if name not in tensors and not tensor.is_optional]
-    unexpected = [name for name in tensors if name not in expected]
-    if missing:
-        raise MissingKeys(
-            f"{tensors.path}: {len(missing)} of {len(expected)} tensors of a CogVLM2 of this config are absent, first "
-            f"{missing[0]!r}.{tensors.shards_sentence()}"
-        )
-    if unexpected:
-        raise UnexpectedKeys(
-            f"{tensors.path}: {len(unexpected)} tensors have no place in MindFormers' CogVLM2, first {unexpected[0]!r}."
-            f"{did_you_mean(unexpected[0], expected)}"
-        )
-    for name, tensor in expected.items():
-        if name in tensors and tensors.info(name).shape != tensor.shape:
-            raise ShapeMismatch(
-                f"{tensors.path}: {name!r} is {tensors.info(name).shape}, and {tensor.shape} by the config."
-            )
 
 
 def _released(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,6 @@ from lavish.checkpoints.torch_file import TorchZipFormat
 from lavish.common.errors import (
     CheckpointError,
     ConfigError,
-    MissingKeys,
-    ShapeMismatch,
     UnexpectedKeys,
     UnknownLayout,
     did_you_mean,
@@ -109,7 +107,7 @@ def plan_target(fields: Mapping[str, Any], tensors: TensorMap, options: TargetOp
     where, num_ranks = str(tensors.path), options.model_parallel
     made_fields = sat_fields(fields, where, num_ranks)
     sizes = manifest.read_sizes(fields, where)
-    _check_tensors(sizes, tensors)
+    manifest.check_tensors(sizes, tensors, "CogVLM v1", "SAT's layout of CogVLM v1")
     _check_divides(made_fields, num_ranks)
     tables = [name for name in tensors if matches((INV_FREQ,), name)]
     _check_tables(tensors, tables)
@@ -144,28 +142,6 @@ def _share(target: str, info: Stored, rank: int, num_ranks: int) -> Stored:
     cut = sat.cut_of(target) if num_ranks > 1 else None
     is_small = target in sat.VOCABULARY and info.shape[0] < sat.LEAST_CUT_VOCABULARY
     return info if cut is None or is_small else sat.share(info, cut, rank, num_ranks)
-
-
-def _check_tensors(sizes: manifest.Sizes, tensors: TensorMap) -> None:
-    """Hold the names and shapes against the config's."""
-    expected = {tensor.name: tensor for tensor in manifest.tensors(sizes)}
-    missing = [name for name, tensor in expected.items() if name not in tensors and not tensor.is_optional]
-    unexpected = [name for name in tensors if name not in expected]
-    if missing:
-        raise MissingKeys(
-            f"{tensors.path}: {len(missing)} of {len(expected)} tensors of a CogVLM v1 of this config are absent, "
-            f"first {missing[0]!r}.{tensors.shards_sentence()}"
-        )
-    if unexpected:
-        raise UnexpectedKeys(
-            f"{tensors.path}: {len(unexpected)} tensors have no place in SAT's layout of CogVLM v1, first "
-            f"{unexpected[0]!r}.{did_you_mean(unexpected[0], expected)}"
-        )
-    for name, tensor in expected.items():
-        if name in tensors and tensors.info(name).shape != tensor.shape:
-            raise ShapeMismatch(
-                f"{tensors.path}: {name!r} is {tensors.info(name).shape}, and {tensor.shape} by the config."
-            )
 
 
 def _check_divides(fields: Mapping[str, Any], num_ranks: int) -> None:
