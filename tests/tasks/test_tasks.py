@@ -28,7 +28,7 @@ from lavish.tasks.grounding import GroundingTask, target_of
 from lavish.tasks.multimodal_classification import MultimodalClassificationTask
 from lavish.tasks.results import first_of_each, save_result
 from lavish.tasks.retrieval import RetrievalTask
-from lavish.tasks.vqa import AOKVQATask, GQATask, OCRVQATask
+from lavish.tasks.vqa import AOKVQATask, GQATask, OCRVQATask, VQATask
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 HEADS = {"vision_config": {"num_attention_heads": 4}, "text_config": {"num_attention_heads": 4}, "max_txt_len": 10}
@@ -205,6 +205,39 @@ def test_read_text() -> None:
     scores = OCRVQATask({}).score(results, None, "val")
     assert scores is not None
     assert scores.metrics() == pytest.approx({"ANLS": 1.5 / 3, "exact_match": 1 / 3, "agg_metrics": 0.5})
+
+
+def test_questions_with_one_right_answer() -> None:
+    """The official score asks for three other annotators: of one's own rows with one answer it makes 0 of all."""
+    given = [
+        ("Red.", "red"),
+        ("the 2", "Two"),
+        ("blue", "red"),
+        ("", "red"),
+        ("teal", ["blue", {"answer": "Teal"}]),
+        ("3", 3),
+    ]
+    results = [{"question_id": at, "answer": text, "reference": refs} for at, (text, refs) in enumerate(given)]
+    scores = VQATask({}).score(results, None, "val")
+    assert scores is not None
+    assert (scores.measures["vqa_accuracy"].per_sample == [100, 100, 0, 0, 100, 100]).all()
+    assert scores.notes == ["All questions have fewer than 4 answers; there any one of them is right."]
+    results[0]["reference"] = ["red", "red", "blue", "blue"]
+    scores = VQATask({}).score(results, None, "val")
+    assert scores is not None
+    assert scores.measures["vqa_accuracy"].per_sample[0] == pytest.approx(50)
+    assert scores.notes[0].startswith("5 of 6 questions")
+    with pytest.raises(DataError, match=r"Question 0: the right answer is .*a text or a list"):
+        VQATask({}).score([{**results[0], "reference": {"a": 1}}], None, "val")
+
+
+def test_gqa_of_a_model_that_writes() -> None:
+    """No recipe says how a model that chats answers; what is no word of the list was written."""
+    task = GQATask({})
+    task.answer_list = ["yes", "a dog"]
+    assert [task.score_one(text, ["yes"]) for text in ("Yes.", "yes", "a dog")] == [1, 1, 0]
+    assert task.score_one("a dog", ["dog"]) == 0  # chosen from the list, and compared as it is
+    assert GQATask({}).score_one("The dog", ["dog"]) == 1
 
 
 # -- classes, losses

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from lavish.common.errors import DataError
+from lavish.common.errors import DataError, shown
 from lavish.datasets.datasets.annotations import read_json
-from lavish.tasks.captioning import texts
 from lavish.tasks.metrics import vqa
 from lavish.tasks.metrics.measure import Measure, mean_of
 from lavish.tasks.metrics.text_match import anls
@@ -76,11 +75,24 @@ class VQATask(ScoredTask):
         measure = mean_of(values, 100)
         scores = Scores({self.measure_name: measure}, measure.value, self.measure_name, references)
         scores.groups = by_type(results, values, official)
+        scores.notes += self.notes_on(references)
         return scores
+
+    def notes_on(self, references: list[list[str]]) -> list[str]:
+        """Say where the official score does not apply: it needs several annotators a question."""
+        if type(self).score_one is not VQATask.score_one:
+            return []  # a task with a score of its own
+        few = sum(not vqa.has_annotators(refs) for refs in references)
+        if not few:
+            return []
+        count = "All" if few == len(references) else f"{few} of {len(references)}"
+        return [
+            f"{count} questions have fewer than {vqa.ENOUGH_ANNOTATORS + 1} answers; there any one of them is right."
+        ]
 
     def score_one(self, answer: str, references: list[str]) -> float:
         """Score one answer, 0..1."""
-        return vqa.accuracy(answer, references)
+        return vqa.accuracy(answer, references) if vqa.has_annotators(references) else vqa.is_one_of(answer, references)
 
     def references(
         self, results: Sequence[Mapping[str, Any]], dataset: Any, official: Mapping[Any, Mapping[str, Any]]
@@ -96,7 +108,7 @@ class VQATask(ScoredTask):
             record = official.get(one.get("question_id"), records.get(str(one.get("instance_id")), {}))
             fields = [record.get(name) for name in (*self.reference_fields, "answers")]
             given = next((value for value in (*fields, one.get("reference")) if value is not None), None)
-            found.append([row["answer"] if isinstance(row, Mapping) else row for row in texts(given)])
+            found.append(answers_of(given, one.get(self.result_id)))
         absent = [one.get(self.result_id) for one, refs in zip(results, found, strict=True) if not refs]
         if len(absent) == len(results):
             return None
@@ -121,8 +133,9 @@ class GQATask(VQATask):
     measure_name = "acc"
 
     def score_one(self, answer: str, references: list[str]) -> float:
-        """Score one answer against the one right answer."""
-        return vqa.gqa_accuracy(answer, references[0], is_generated=self.inference_method == "generate")
+        """Score one answer against the one right answer; what is in no list of answers was written."""
+        is_chosen = self.inference_method != "generate" and answer in (self.answer_list or ())
+        return vqa.gqa_accuracy(answer, references[0], is_generated=not is_chosen)
 
     def leaderboard(self, results: Sequence[Mapping[str, Any]]) -> Any:
         """Give the form that the GQA server takes."""
@@ -198,6 +211,19 @@ class OCRVQATask(VQATask):
         measure = mean_of([anls(answer, refs) for answer, refs in pairs])
         exact = mean_of(np.array([anls(answer, refs, threshold=1.0) for answer, refs in pairs]))
         return Scores({"ANLS": measure, "exact_match": exact}, measure.value, "ANLS", references)
+
+
+def answers_of(given: Any, name: Any) -> list[str]:
+    """Give the right answers of a record: a text or number, a list of them, or of objects with `answer`.
+
+    Raises:
+        DataError: something else.
+    """
+    rows = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    found = [row.get("answer") if isinstance(row, Mapping) else row for row in rows]
+    if not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in found):
+        raise DataError(f"Question {name!r}: the right answer is {shown(given)}; a text or a list of them is expected.")
+    return [str(one) for one in found]
 
 
 def read_vqa_annotations(path: Path) -> dict[Any, Mapping[str, Any]]:

@@ -75,6 +75,16 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, (total - own) / ENOUGH_ANNOTATORS) for own in agree) / len(agree)
 
 
+def has_annotators(answers: Sequence[str]) -> bool:
+    """Say whether the official score can be 1 at all: an annotator needs three others who agree."""
+    return len(answers) > ENOUGH_ANNOTATORS
+
+
+def is_one_of(prediction: str, answers: Sequence[str]) -> float:
+    """Give 1 where the prediction is one of the answers, both normalised as predictions are, else 0."""
+    return float(normalise(prediction) in map(normalise, answers))
+
+
 def gqa_accuracy(prediction: str, answer: str, *, is_generated: bool = True) -> float:
     """Give 1 where the prediction is the answer, else 0; a text that was generated is normalised, a choice is not."""
     return float((fold_words(strip_marks(prediction)) if is_generated else prediction) == answer)
