@@ -24,6 +24,8 @@ def card(name: str) -> dict[str, str]:
 
 def fetched(name: str) -> str:
     """Say whether the annotations of a dataset are fetched, and whether they are compared with an md5."""
+    if card(name)["Home"].startswith("lavish itself"):
+        return "drawn"
     files = registry.get_builder_class(name)().annotation_files()
     if not any(file.url for file in files):
         return "yours"

@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lavish.common.errors import DataError
+from lavish.common.errors import DataError, did_you_mean, shown
 
 GRID = 112
 """Cells of the scene along each side: the box edges and the pattern of a scene lie on this grid."""
@@ -87,6 +87,26 @@ class Background:
     noise: int
     """Standard deviation of the noise over the whole picture, in levels of 255."""
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What a scene is drawn from: some of the names above, sizes from small to large."""
+
+    shapes: Sequence[str] = SHAPES
+    colours: Sequence[str] = COLOURS
+    sizes: Sequence[str] = SIZES
+    patterns: Sequence[str] = PATTERNS
+
+    def __post_init__(self) -> None:
+        for name, known in (("shapes", SHAPES), ("colours", COLOURS), ("sizes", SIZES), ("patterns", PATTERNS)):
+            given: Sequence[str] = getattr(self, name)
+            for word in given:
+                if word not in known:
+                    hint = did_you_mean(str(word), known)
+                    raise DataError(f"{name}: {shown(word)} is not drawn.{hint} Known: {', '.join(known)}.")
+            if not given or len(set(given)) < len(given):
+                raise DataError(f"{name} is {shown(list(given))}; it names one or more, each once.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +198,13 @@ def _jitter(dice: random.Random, rgb: Rgb, by: int) -> Rgb:
     return red, green, blue
 
 
-def _sample_background(dice: random.Random) -> Background:
+def _sample_background(dice: random.Random, patterns: Sequence[str]) -> Background:
     base = dice.randint(185, 245)
     first = _jitter(dice, (base, base, base), 6)
     step = dice.randint(22, 40)
     second = (max(0, first[0] - step), max(0, first[1] - step), max(0, first[2] - step))
     return Background(
-        pattern=dice.choice(PATTERNS),
+        pattern=dice.choice(patterns),
         tints=(first, second),
         period=dice.randint(7, 14),
         direction=dice.randrange(4),
@@ -257,11 +277,11 @@ class _Canvas:
         return True
 
 
-def _sample_item(dice: random.Random, canvas: _Canvas, so_far: Sequence[Item]) -> Item | None:
-    shape = dice.choice(so_far).shape if so_far and dice.random() < 0.2 else dice.choice(SHAPES)
-    colour = dice.choice(so_far).colour if so_far and dice.random() < 0.15 else dice.choice(COLOURS)
-    start = dice.randrange(len(SIZES))
-    for size in reversed(SIZES[: start + 1]):  # a crowded picture has room for a smaller one only
+def _sample_item(dice: random.Random, canvas: _Canvas, so_far: Sequence[Item], words: Words) -> Item | None:
+    shape = dice.choice(so_far).shape if so_far and dice.random() < 0.2 else dice.choice(words.shapes)
+    colour = dice.choice(so_far).colour if so_far and dice.random() < 0.15 else dice.choice(words.colours)
+    start = dice.randrange(len(words.sizes))
+    for size in reversed(words.sizes[: start + 1]):  # a crowded picture has room for a smaller one only
         width = dice.randint(*_DIAMETERS[size])
         height = round(width * _unit_outline(shape)[1])
         for _ in range(12):
@@ -272,7 +292,9 @@ def _sample_item(dice: random.Random, canvas: _Canvas, so_far: Sequence[Item]) -
     return None
 
 
-def sample_scene(rng: np.random.Generator, *, max_items: int = 4, number_probability: float = 0.35) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, *, max_items: int = 4, number_probability: float = 0.35, words: Words | None = None
+) -> Scene:
     """Draw a random scene of up to `max_items` shapes; the same state of `rng` gives the same scene.
 
     Raises:
@@ -280,13 +302,14 @@ def sample_scene(rng: np.random.Generator, *, max_items: int = 4, number_probabi
     """
     if max_items < 0:
         raise DataError(f"sample_scene(max_items={max_items}): the number of items is 0 or more.")
+    words = words or Words()
     dice = random.Random(int(rng.integers(1 << 62)))
-    background = _sample_background(dice)
+    background = _sample_background(dice, words.patterns)
     number = _sample_number(dice) if dice.random() < number_probability else None
     wanted = 0 if max_items == 0 or dice.random() < 0.03 else dice.randint(1, max_items)
     canvas, items = _Canvas(number), []
     for _ in range(wanted):
-        item = _sample_item(dice, canvas, items)
+        item = _sample_item(dice, canvas, items, words)
         if item is not None:
             items.append(item)
     return Scene(tuple(items), number, background)
