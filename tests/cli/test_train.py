@@ -47,9 +47,9 @@ def test_train_then_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     model = tmp_path / "out" / "tower" / "model"
     assert f"tower: {model}" in shown.out
     assert "CPU-hours" in shown.out
-    assert shown.out.split("tower")[1].split()[:2] == ["6", "3"]  # images, steps
+    assert shown.out.split("tower")[1].split()[:2] == ["6", "3"]  # samples, steps
     assert "tower: step 3 of 3, loss " in shown.err
-    assert "images/s" in shown.err
+    assert "samples/s" in shown.err
     assert main(arguments) == 0
     assert "finished before" in capsys.readouterr().err
 

@@ -9,9 +9,10 @@ import pytest
 import tiny_lavis
 import torch
 from PIL import Image
+from tolerance import BIGGER_BATCH
 
 import lavish
-from lavish.common.errors import ConfigError, DataError, MissingDependency
+from lavish.common.errors import ConfigError, DataError, LavishError, MissingDependency
 from lavish.common.registry import registry
 from lavish.runners.recipe import open_recipe, train
 
@@ -92,6 +93,34 @@ def test_an_adapter_is_learnt_and_opened(tmp_path: Path, name: str) -> None:
     base = lavish.load(TINY[name]["path"], device="cpu", **pieces(name))
     assert not torch.equal(ask(trained), ask(base))
     assert trained.chat([{"role": "user", "content": "Hello"}], max_new_tokens=2).text is not None
+
+
+def test_accumulation_is_one_big_batch_however_long_the_answers_are(tmp_path: Path) -> None:
+    """The loss is a mean over tokens: passes weigh by them, not by samples."""
+    path, lines = rows(tmp_path), []
+    for at, line in enumerate(Path(path).read_text().splitlines()):
+        row = json.loads(line)
+        row["messages"][1]["content"] = "red " * (1 + 7 * at)
+        lines.append(json.dumps(row))
+    found = []
+    for batch_size, passes, workers in ((4, 1, 0), (1, 4, 2)):
+        changes = {"batch_size_train": batch_size, "accum_grad_iters": passes, "num_workers": workers, "max_epoch": 2}
+        config = recipe(tmp_path, {**TINY["glm4v_9b"], "lora": {"r": 4}}, **changes)
+        Path(path).write_text("\n".join(lines))
+        config.config.run.output_dir = str(tmp_path / f"by{batch_size}")
+        folder = train(config)["run"]
+        found.append([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), **BIGGER_BATCH)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_is_none_is_told_in_one_line(tmp_path: Path, workers: int) -> None:
+    config = recipe(tmp_path, {**TINY["glm4v_9b"], "lora": {"r": 4}}, num_workers=workers)
+    (tmp_path / "images" / tiny_lavis.name(1)).write_bytes(b"GIF89a?")
+    with pytest.raises(LavishError) as told:
+        train(config)
+    assert tiny_lavis.name(1) in str(told.value)
+    assert "Traceback" not in str(told.value)
 
 
 @pytest.mark.parametrize("name", TINY)

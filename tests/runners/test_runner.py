@@ -111,6 +111,45 @@ def test_an_interrupted_epoch_goes_on(tmp_path: Path) -> None:
     assert weights(tmp_path / "broken") == weights(tmp_path / "straight")
 
 
+def test_a_long_epoch_has_states_to_go_on_from(tmp_path: Path) -> None:
+    """5 steps of an epoch; a state every 2 of them, and at its end."""
+    changes = {"max_epoch": 1, "batch_size_train": 2, "save_freq": 1, "warmup_steps": 0}
+    runner(config(tmp_path / "straight", **changes), epochs=True, noise=0.5).train()
+    broken, kept = runner(config(tmp_path / "broken", save_steps=2, **changes), epochs=True, noise=0.5), []
+
+    def interrupt(step: int, *_: object) -> None:
+        if step == 4:
+            kept.extend(path.name for path in (tmp_path / "broken").glob("checkpoint_*"))
+            raise KeyboardInterrupt
+
+    broken.progress = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert kept == ["checkpoint_2"]
+    going_on = runner(config(tmp_path / "broken", save_steps=2, **changes), epochs=True, noise=0.5)
+    going_on.train()
+    assert len(going_on.dataset.seen) == 6  # type: ignore[attr-defined]
+    assert weights(tmp_path / "broken") == weights(tmp_path / "straight")
+
+
+def test_float16_scales_the_loss_and_skips_steps_that_overflow(tmp_path: Path) -> None:
+    """The scale begins at 65536 and halves at each overflow; a resumed run goes on with what it was."""
+    changes = {"amp": True, "amp_dtype": "float16", "init_lr": 1e-3, "muon_lr": 1e-3}
+    toy, scales = runner(config(tmp_path / "all", **changes)), []
+    toy.progress = lambda *_: scales.append(toy.scaler.get_scale())
+    with torch.no_grad():
+        dict(toy.model.named_parameters())["lm_head.weight"].mul_(5)  # gradients of 65536 times the loss overflow
+    before = {name: weight.clone() for name, weight in toy.model.named_parameters()}
+    toy.train()
+    assert scales[0] == 32768.0
+    assert scales[-1] <= 32768.0
+    assert all(torch.isfinite(weight).all() for weight in toy.model.parameters())
+    assert any(not torch.equal(before[name], weight) for name, weight in toy.model.named_parameters())
+    again = runner(config(tmp_path / "all", max_iters=8, **changes))
+    again.train()
+    assert again.scaler.get_scale() <= scales[-1]
+
+
 @pytest.mark.parametrize("epochs", [False, True])
 def test_accumulation_equals_a_bigger_batch(tmp_path: Path, epochs: bool) -> None:
     big = runner(config(tmp_path / "big", batch_size_train=6, max_epoch=2), epochs=epochs)

@@ -125,7 +125,7 @@ class Screen:
             mean_loss += 0.05 * (losses["loss"] - mean_loss)
             elapsed = max(now - started_s, 1e-9)
             done = step - first_step
-            speed = f"{(runner.num_samples - first_samples) / elapsed:.1f} images/s" if done else ""
+            speed = f"{(runner.num_samples - first_samples) / elapsed:.1f} samples/s" if done else ""
             left = human_seconds((num_steps - step) * elapsed / done) if done else "?"
             shown = f"loss {mean_loss:.3f}, lr {runner.lr:.1e}, {human_bytes(runner.memory_bytes)}"
             self._show(task, stage, step, num_steps, shown, speed, left)
@@ -191,7 +191,7 @@ def _show_costs(costs: dict[str, Cost]) -> None:
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
     table.add_column("stage")
-    for title in ("images", "steps", "CPU-hours", "wall time"):
+    for title in ("samples", "steps", "CPU-hours", "wall time"):
         table.add_column(title, justify="right")
     rows = [(name, cost.num_samples, cost.steps, cost.cpu_seconds, cost.wall_seconds) for name, cost in costs.items()]
     if len(rows) > 1:

@@ -34,7 +34,7 @@ def is_main() -> bool:
 
 
 def start(device_type: str) -> None:
-    """Join the processes of the run, once: NCCL on CUDA, gloo elsewhere.
+    """Join the processes of the run, once: NCCL for tensors on CUDA, gloo for those on the CPU.
 
     Raises:
         ConfigError: WORLD_SIZE is set and the rest of what torchrun sets is not.
@@ -49,7 +49,7 @@ def start(device_type: str) -> None:
             f"WORLD_SIZE is {world_size()}, but {', '.join(absent)} is not set. Start the run with torchrun, "
             "or unset WORLD_SIZE."
         )
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
     atexit.register(leave)
 
 

@@ -31,6 +31,8 @@ from lavish.inference.load import POCKET, load
 from lavish.inference.vlm import VLM
 from lavish.models import family_of
 from lavish.models.base_model import BaseModel, read_fields
+from lavish.runners.order import NUM_TARGETS
+from lavish.tasks.base_task import to_device
 
 _TOWER = r"(?:^|\.)(?:vision_tower|vision\.(?:patch_embedding|transformer))\."
 _QFORMER = r"(?:^|\.)(?:qformer\.|query_tokens)"
@@ -50,6 +52,7 @@ PARTS: dict[str, str] = {
 """Part -> pattern of the names of its weights."""
 
 
+INPUTS, IGNORED = "inputs", -100
 PICTURE_LENGTH = 4000
 """Characters that a picture counts as."""
 
@@ -117,6 +120,41 @@ class ChatSettings:
             raise ConfigError("quantization nf4 freezes the decoder: set model.lora, and leave it out of model.train")
 
 
+class ChatCollator:
+    """Makes the network's tensors of a batch of conversations, in the process that loads it.
+
+    Args:
+        processor: of the model.
+        settings: whose template and loss mask count.
+    """
+
+    def __init__(self, processor: Any, settings: ChatSettings) -> None:
+        self.processor, self.settings = processor, settings
+
+    @torch.no_grad()
+    def __call__(self, samples: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the samples with `inputs` (tensors by name), and `num_targets`: the tokens that the loss is over.
+
+        Raises:
+            DataError: the samples have no messages.
+            PromptError, MediaError: a conversation or picture that cannot be read.
+        """
+        if "messages" not in samples:
+            raise DataError(
+                f"The samples have no 'messages'; they have {', '.join(map(str, samples)) or 'nothing'}. Data of your "
+                "own are read by the data set `conversations`."
+            )
+        batch = self.processor.apply_chat_template(
+            list(samples["messages"]),
+            chat_template=self.settings.chat_template,
+            add_generation_prompt=False,
+            padding_side="right",
+            return_labels=True,
+            compat=self.settings.compat or None,
+        )
+        return {**samples, INPUTS: dict(batch), NUM_TARGETS: int((batch["labels"][:, 1:] != IGNORED).sum())}
+
+
 class ChatLearner(BaseModel):
     """A chat model behind LAVIS's interface of samples: `messages`, a list of conversations.
 
@@ -130,6 +168,7 @@ class ChatLearner(BaseModel):
     def __init__(self, vlm: VLM, settings: ChatSettings) -> None:
         super().__init__()
         self.vlm, self.settings = vlm, settings
+        self.collator = ChatCollator(vlm.processor, settings)
         self.stored_dtype = next(vlm.model.parameters()).dtype
         self.network = vlm.model if settings.lora is None else _with_lora(vlm.model, settings.lora)
         _choose(self.network, settings)
@@ -168,23 +207,9 @@ class ChatLearner(BaseModel):
             DataError: the samples have no messages.
             PromptError, MediaError: a conversation or picture that cannot be read.
         """
-        if "messages" not in samples:
-            raise DataError(
-                f"The samples have no 'messages'; they have {', '.join(map(str, samples)) or 'nothing'}. Data of your "
-                "own are read by the data set `conversations`."
-            )
-        with torch.no_grad():
-            batch = self.processor.apply_chat_template(
-                list(samples["messages"]),
-                chat_template=self.settings.chat_template,
-                add_generation_prompt=False,
-                padding_side="right",
-                return_labels=True,
-                compat=self.settings.compat or None,
-            )
-        device = self.device
-        inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        with self._precision(device):
+        prepared = samples if INPUTS in samples else self.collator(samples)
+        inputs = to_device(prepared[INPUTS], self.device)
+        with self._precision(self.device):
             return {"loss": self.network(**inputs).loss.float()}
 
     def sample_length(self, sample: Mapping[str, Any]) -> int:

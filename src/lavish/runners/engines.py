@@ -70,6 +70,16 @@ class Engine:
         """Put the module where it is trained, and give what is called in its place."""
         return model.to(self.device)
 
+    def scaler(self, *, is_half: bool) -> torch.amp.GradScaler:
+        """Give what scales the loss of a pass in float16; without one of float16 it changes nothing.
+
+        Raises:
+            ConfigError: weights are shared, where one process would not know of the overflows of another.
+        """
+        if is_half and self.shares_weights:
+            raise ConfigError(f"run.engine {self.run.engine} computes in bfloat16 or float32, not float16; use ddp.")
+        return torch.amp.GradScaler(self.device.type, enabled=is_half)
+
     @property
     def loss_scale(self) -> float:
         """What a process multiplies its share of the loss with: gradients are averaged, and are to be added up."""

@@ -7,16 +7,19 @@ sample (crops, flips) is a function of its position too, in whatever process it 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from lavish.common.errors import ConfigError, did_you_mean
+from lavish.common.errors import ConfigError, LavishError, did_you_mean
 
+NUM_TARGETS = "num_targets"
+"""Key of a batch: how many tokens its loss is a mean over."""
 GROUPED_STEPS = 50
 """Optimizer steps whose samples are sorted by length together."""
 
@@ -122,20 +125,44 @@ class Passes(Sampler[list[tuple[int, int]]]):
             yield [(position, self.order.index(position)) for position in positions]
 
 
-class SeededSamples(Dataset):
-    """Samples with their indices; what is drawn while one is loaded depends on its position."""
+@dataclass(frozen=True)
+class Failure:
+    """An error of a sample or batch, as a value: what a worker of the loader raises ends up inside a traceback."""
 
-    def __init__(self, dataset: Any, seed: int):
-        self.dataset, self.seed = dataset, seed
+    error: LavishError
+
+
+class SeededSamples(Dataset):
+    """Samples with their indices; what is drawn while one is loaded depends on its position.
+
+    Args:
+        dataset: of samples, with a `collater`.
+        seed: of the run.
+        prepare: makes more of a batch where it is loaded, as tensors of a chat model; None: nothing.
+    """
+
+    def __init__(self, dataset: Any, seed: int, prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None):
+        self.dataset, self.seed, self.prepare = dataset, seed, prepare
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[int, Any]:
         position, index = place
         with own_randomness(self.seed * 1_000_003 + position):
-            return index, self.dataset[index]
+            try:
+                return index, self.dataset[index]
+            except LavishError as error:
+                return index, Failure(error)
 
-    def collate(self, samples: list[tuple[int, Any]]) -> tuple[list[int], dict[str, Any]]:
-        """Give the indices of a batch, and the batch."""
-        return [index for index, _ in samples], self.dataset.collater([sample for _, sample in samples])
+    def collate(self, samples: list[tuple[int, Any]]) -> tuple[list[int], dict[str, Any] | Failure]:
+        """Give the indices of a batch, and the batch, or what is wrong with it."""
+        indices = [index for index, _ in samples]
+        failed = next((sample for _, sample in samples if isinstance(sample, Failure)), None)
+        if failed is not None:
+            return indices, failed
+        try:
+            batch = self.dataset.collater([sample for _, sample in samples])
+            return indices, batch if self.prepare is None else self.prepare(batch)
+        except LavishError as error:
+            return indices, Failure(error)
 
 
 @contextmanager

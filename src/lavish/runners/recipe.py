@@ -57,6 +57,7 @@ CONFIG_FILE, DONE_FILE, METRICS_FILE = "config.yaml", "done.json", "metrics.json
 ENVIRONMENT_FILE = "environment.json"
 CHANGEABLE = (
     *("output_dir", "device", "num_threads", "num_workers", "compile", "log_freq", "save_freq", "save_last"),
+    "save_steps",
     *("engine", "deepspeed_config", "activation_checkpointing", "accum_grad_iters", "resume_ckpt_path"),
     *("batch_size_eval", "use_dist_eval_sampler", "world_size", "dist_url", "distributed"),
 )

@@ -38,6 +38,8 @@ from lavish.runners.board import Board
 from lavish.runners.engines import build_engine, checkpoint_activations
 from lavish.runners.optim import build_optimizer, build_schedule
 from lavish.runners.order import (
+    NUM_TARGETS,
+    Failure,
     GroupedEpochs,
     Order,
     Passes,
@@ -108,6 +110,7 @@ class RunnerBase:
         if run.activation_checkpointing:
             checkpoint_activations(model)
         self.called, self.optimizer = self.engine.start(model, lambda module: build_optimizer(module, run))
+        self.scaler = self.engine.scaler(is_half=self._computes_in_float16())
         self.average = WeightAverage(self.model, run.ema_decay) if run.ema_decay else None
         self.board: Board | None = None
         self.step, self.lr = 0, 0.0
@@ -174,6 +177,10 @@ class RunnerBase:
     def save_every(self) -> int:
         """Steps between two checkpoints; a run of a LAVIS recipe makes one each epoch, and `.pth` files besides."""
         return self.steps_per_epoch if self.config is not None else self.run.save_freq * self.steps_per_epoch
+
+    def _saves_now(self) -> bool:
+        every = self.run.save_steps
+        return self.step % self.save_every == 0 or (every > 0 and self.step % every == 0)
 
     @property
     def num_samples(self) -> int:
@@ -262,7 +269,7 @@ class RunnerBase:
                 if dist.is_main():
                     self._log(sums, lr)
                 sums = {}
-            if self.step % self.save_every == 0 or is_last:
+            if self._saves_now() or is_last:
                 now, cpu_now = time.perf_counter(), time.process_time()
                 self.seconds += now - started
                 self.cpu_seconds += dist.total(cpu_now - cpu_started)
@@ -274,32 +281,61 @@ class RunnerBase:
     def _train_step(self, model: nn.Module, batches: Iterator[tuple[list[int], dict[str, Any]]]) -> dict[str, float]:
         """Make one optimizer step; give the losses as means over its samples."""
         sums: dict[str, float] = {}
-        seen: list[tuple[list[int], dict[str, Any]]] = []
         if dist.world_size() > 1:  # noise of its own for each process, the same after a resume
             torch.manual_seed((self.run.seed * 1_000_003 + self.step) * dist.world_size() + dist.rank())
         passes = self.passes(self.step)
+        seen = [next(batches) for _ in passes]
+        shares = self._shares([share for _, share in passes], [samples for _, samples in seen])
         with _memory_advice(self.run):
-            for number, (_, share) in enumerate(passes):
-                indices, samples = next(batches)
-                seen.append((indices, samples))
+            for number, ((_, samples), share) in enumerate(zip(seen, shares, strict=True)):
                 with self.engine.accumulate(self.called, is_last=number == len(passes) - 1):
                     losses = self._forward(model, samples)
-                    self.engine.backward(losses["loss"] * (share * self.engine.loss_scale))
+                    self.engine.backward(self.scaler.scale(losses["loss"] * (share * self.engine.loss_scale)))
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
         self._add_up(sums)
-        if self.run.max_grad_norm > 0:
-            norm = self.engine.clip(self.model, self.run.max_grad_norm)
-            sums |= {} if norm is None else {"grad_norm": norm}
-        self._check_finite(sums, seen)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._update(sums, seen)
         if self.average is not None:
             self.average.update()
         return sums
 
+    def _shares(self, by_samples: list[float], batches: list[dict[str, Any]]) -> list[float]:
+        """Give the share of each pass in the loss of the step: by tokens where its loss is a mean over tokens.
+
+        So the loss is that of one pass over all samples of the step, however long their answers are.
+        """
+        if any(NUM_TARGETS not in samples for samples in batches):
+            return by_samples
+        counts = [samples[NUM_TARGETS] if share else 0 for samples, share in zip(batches, by_samples, strict=True)]
+        total = dist.total(float(sum(counts)))
+        return [count / max(total, 1.0) for count in counts]
+
+    def _update(self, losses: dict[str, float], seen: list[tuple[list[int], dict[str, Any]]]) -> None:
+        """Clip the gradients and take the optimizer's step; with a loss scale, skip one whose gradients overflowed."""
+        is_scaled = self.scaler.is_enabled()
+        if is_scaled:
+            for optimizer in self.optimizer.optimizers:
+                self.scaler.unscale_(optimizer)
+        if self.run.max_grad_norm > 0:
+            norm = self.engine.clip(self.model, self.run.max_grad_norm)
+            if norm is not None and (math.isfinite(norm) or not is_scaled):
+                losses["grad_norm"] = norm
+        self._check_finite(losses, seen)
+        if is_scaled:
+            for optimizer in self.optimizer.optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _computes_in_float16(self) -> bool:
+        stored = getattr(self.model, "stored_dtype", None)  # chat models compute in the dtype of what is frozen
+        return stored is torch.float16 or (self.run.amp and self.run.amp_dtype == "float16")
+
     def _forward(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16) if self.run.amp else nullcontext():
+        dtype = getattr(torch, self.run.amp_dtype)
+        with torch.autocast(self.device.type, dtype) if self.run.amp else nullcontext():
             return read_losses(self.task.train_step(model, to_device(samples, self.device)))
 
     def _check_finite(self, losses: dict[str, float], seen: list[tuple[list[int], dict[str, Any]]]) -> None:
@@ -325,7 +361,8 @@ class RunnerBase:
             sums.update(zip(sums, losses.tolist(), strict=True))
 
     def _batches(self) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        samples = SeededSamples(self.dataset, self.run.seed)
+        prepare = getattr(self.model, "collator", None)  # chat models have it
+        samples = SeededSamples(self.dataset, self.run.seed, prepare)
         passes = (part for step in range(self.step, self.num_steps) for part, _ in self.passes(step))
         loader = DataLoader(
             cast(Dataset[Any], samples),
@@ -334,7 +371,7 @@ class RunnerBase:
             collate_fn=samples.collate,
             pin_memory=self.device.type == "cuda",
         )
-        return iter(loader)
+        return map(_unwrapped, iter(loader))
 
     # -- after an epoch: validation and LAVIS's files
 
@@ -540,6 +577,8 @@ class RunnerBase:
                 f"Set run.accum_grad_iters={self._passes_for(saved)} to go on, or start in another run.output_dir."
             )
         self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
+        if self.scaler.is_enabled() and "scaler" in state:  # a run that was begun in another dtype has none
+            self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load(state.get("average"), self.engine)
         return state["log_sums"]
@@ -565,6 +604,8 @@ class RunnerBase:
         }
         if self.device.type == "cuda":
             state["cuda_rng_state"] = torch.cuda.get_rng_state()
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
         return state
 
     def _save(self, sums: dict[str, float]) -> None:
@@ -583,6 +624,13 @@ def peak_resident_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _unwrapped(batch: tuple[list[int], dict[str, Any] | Failure]) -> tuple[list[int], dict[str, Any]]:
+    indices, samples = batch
+    if isinstance(samples, Failure):
+        raise samples.error
+    return indices, samples
 
 
 def by_name(datasets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

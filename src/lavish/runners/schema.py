@@ -27,7 +27,7 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     *("min_lr", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "num_workers", "num_threads", "seed"),
-    *("iters_per_inner_epoch", "ema_decay"),
+    *("iters_per_inner_epoch", "ema_decay", "save_steps"),
 )
 _POSITIVE = ("init_lr", "muon_lr", "lr_decay_rate", "lr_layer_decay")
 
@@ -90,7 +90,9 @@ class RunConfig:
     grad_norm_clip: float | None = None
     """MPP-LLaVA's name of `max_grad_norm`, and before it."""
     amp: bool = False
-    """Run the forward pass under bfloat16 autocast."""
+    """Run the forward pass under autocast, in `amp_dtype`."""
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """Of `amp`; float16 is for GPUs without bfloat16 (T4, V100), and scales the loss so that small gradients stay."""
     ema_decay: float = 0.0
     """Keep a running mean of the trained weights with this decay, for validation and the last weights; 0: none."""
     compile: bool = False
@@ -115,6 +117,8 @@ class RunConfig:
     """Optimizer steps between two lines of `log.jsonl`."""
     save_freq: int = 500
     """Steps (`runner_iter`) or epochs (`runner_base`) between two checkpoints."""
+    save_steps: int = 500
+    """Optimizer steps between two checkpoints to go on from, besides those of `save_freq`; 0: none."""
     save_last: bool = True
     """Write `checkpoint_last.pth` at the end."""
     val_freq: int = 1
