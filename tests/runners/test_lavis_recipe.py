@@ -421,8 +421,10 @@ def test_two_processes_of_torchrun_give_what_one_gives(tmp_path: Path) -> None:
 def test_processes_that_share_weights_validate_as_one(tmp_path: Path) -> None:
     """Three held-out pictures and two processes: scores, best checkpoint and what the run leaves are those of one."""
     rate = 1e-6
-    one = torchrun(tmp_path / "one", 1, accum_grad_iters=2, max_epoch=1, init_lr=rate)
-    two = torchrun(tmp_path / "two", 2, engine="fsdp2", max_epoch=1, init_lr=rate)
+    keys = {"max_epoch": 1, "init_lr": rate, "sample_generations": 2}
+    one = torchrun(tmp_path / "one", 1, accum_grad_iters=2, **keys)
+    two = torchrun(tmp_path / "two", 2, engine="fsdp2", **keys)
+    assert lines(two / "samples.jsonl") == lines(one / "samples.jsonl")
     assert lines(two / "validations.jsonl") == lines(one / "validations.jsonl")
     for name in ("checkpoint_best.pth", "checkpoint_last.pth"):
         ours, theirs = (torch.load(out / name, weights_only=True)["model"] for out in (two, one))

@@ -40,6 +40,7 @@ def captions(folder: Path) -> dict[str, Any]:
         **{f"model.{key}": value for key, value in model.items()},
         "datasets.coco_caption.build_info": section["build_info"],
         **sized("coco_caption", tiny_lavis.SIZE),
+        "run.sample_generations": 1,
     }
 
 
@@ -84,6 +85,7 @@ def questions(folder: Path) -> dict[str, Any]:
         **sized("coco_vqa", tiny_lavis.SIZE),
         **sized("vg_vqa", tiny_lavis.SIZE, ("train",)),
         "run.num_ans_candidates": 2,
+        "run.sample_generations": 1,
     }
 
 
@@ -119,6 +121,7 @@ def dialogues(folder: Path) -> dict[str, Any]:
             "features": {"storage": str(folder / "features")},
         },
         **processors,
+        "run.sample_generations": 1,
     }
 
 
@@ -202,3 +205,9 @@ def test_a_recipe_runs(name: str, tmp_path: Path) -> None:
     splits = {json.loads(line)["split"] for line in scored.read_text().splitlines()} if scored.exists() else set()
     keys = run_config(recipe)
     assert splits == {*keys.valid_splits, *keys.test_splits}
+    if keys.sample_generations:
+        said = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in said] == ["before", 0]
+        assert all(row["reference"] in ("a red square | a square that is red", "red", "on a mat") for row in said)
+        assert all((row["question"] is None) == ("caption" in name) for row in said)
+        assert all((row["picture"] is None) == ("dialogue" in name) for row in said)

@@ -12,10 +12,12 @@ from lavish.runners.run_folder import RunFolder
 
 
 def test_a_run_leaves_its_report(tmp_path: Path) -> None:
-    (out,) = train(open_recipe(tiny_lavis.write(tmp_path, tiny_lavis.caption_recipe(tmp_path, max_epoch=1)))).values()
+    recipe = tiny_lavis.caption_recipe(tmp_path, max_epoch=1, sample_generations=2)
+    (out,) = train(open_recipe(tiny_lavis.write(tmp_path, recipe))).values()
     page = (out / "report.html").read_text()
-    for part in ("loss_lm", "CIDEr", "text_decoder", "num_samples", "task: captioning", "git_revision"):
+    for part in ("loss_lm", "CIDEr", "text_decoder", "num_samples", "task: captioning", "git_revision", "What it says"):
         assert part in page
+    assert page.count("data:image/jpeg;base64,") == page.count(" square | a square that is ") == 2
     assert "http" not in page.replace("https://storage", "")
     pytest.importorskip("matplotlib")
     assert "data:image/png;base64," in page

@@ -33,6 +33,11 @@ class Board:
             if isinstance(value, int | float) and name not in ("step", "epoch"):
                 self._writer.add_scalar(f"{prefix}/{name}", value, step)
 
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Write a text in Markdown."""
+        if self._writer is not None:
+            self._writer.add_text(name, text, step)
+
     def close(self) -> None:
         """Write what is left."""
         if self._writer is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -139,13 +139,8 @@ class ChatCollator:
             DataError: the samples have no messages.
             PromptError, MediaError: a conversation or picture that cannot be read.
         """
-        if "messages" not in samples:
-            raise DataError(
-                f"The samples have no 'messages'; they have {', '.join(map(str, samples)) or 'nothing'}. Data of your "
-                "own are read by the data set `conversations`."
-            )
         batch = self.processor.apply_chat_template(
-            list(samples["messages"]),
+            _messages(samples),
             chat_template=self.settings.chat_template,
             add_generation_prompt=False,
             padding_side="right",
@@ -212,6 +207,24 @@ class ChatLearner(BaseModel):
         with self._precision(self.device):
             return {"loss": self.network(**inputs).loss.float()}
 
+    @torch.no_grad()
+    def generate(self, samples: Mapping[str, Any], max_new_tokens: int = 64) -> list[str]:
+        """Answer the last question of each conversation, greedily; the answer that stands there is not looked at.
+
+        Raises: as `forward`.
+        """
+        asked = [_without_answer(messages) for messages in _messages(samples)]
+        self.vlm.features.clear()  # they are of older weights
+        with self._precision(self.device):
+            replies = self.vlm.batch(
+                asked,
+                batch_size=max(len(asked), 1),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                chat_template=self.settings.chat_template,
+            )
+        return [reply.text.strip() for reply in replies]
+
     def sample_length(self, sample: Mapping[str, Any]) -> int:
         """Give a measure of a conversation's length: the characters of its texts, and a lot for each picture."""
         length = 0
@@ -268,6 +281,21 @@ class ChatLearner(BaseModel):
         network.config.dtype = self.stored_dtype
         network.save_pretrained(str(folder))
         self.processor.save_pretrained(str(folder))
+
+
+def _messages(samples: Mapping[str, Any]) -> list[Any]:
+    if "messages" not in samples:
+        raise DataError(
+            f"The samples have no 'messages'; they have {', '.join(map(str, samples)) or 'nothing'}. Data of your own "
+            "are read by the data set `conversations`."
+        )
+    return list(samples["messages"])
+
+
+def _without_answer(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Give a conversation up to its last question."""
+    questions = [at for at, message in enumerate(messages) if message["role"] == "user"]
+    return list(messages[: questions[-1] + 1]) if questions else list(messages)
 
 
 def _with_lora(network: Any, settings: LoraSettings) -> Any:

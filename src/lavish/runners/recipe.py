@@ -59,7 +59,7 @@ CHANGEABLE = (
     *("output_dir", "device", "num_threads", "num_workers", "compile", "log_freq", "save_freq", "save_last"),
     "save_steps",
     *("engine", "deepspeed_config", "activation_checkpointing", "accum_grad_iters", "resume_ckpt_path"),
-    *("batch_size_eval", "use_dist_eval_sampler", "world_size", "dist_url", "distributed"),
+    *("batch_size_eval", "sample_generations", "use_dist_eval_sampler", "world_size", "dist_url", "distributed"),
 )
 """Keys of `run:` that a resumed run may have otherwise: they change how it runs, not what it gives."""
 

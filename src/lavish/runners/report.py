@@ -26,6 +26,7 @@ def write_report(folder: RunFolder, parts: Mapping[str, Part], cost: Mapping[str
     sections = [
         ("Losses", _losses(folder)),
         ("Scores", _scores(folder.read_validations())),
+        ("What it says", _samples(folder)),
         ("What learnt", _parts(parts)),
         ("What it took", _table([(name, _number(value)) for name, value in cost.items()])),
         ("Recipe", f"<pre>{escape(config)}</pre>"),
@@ -47,10 +48,7 @@ def _losses(folder: RunFolder) -> str:
     lines = folder.read_log()
     if not lines:
         return ""
-    picture, plot = "", folder.path / PLOT_FILE
-    if plot.is_file():
-        data = base64.b64encode(plot.read_bytes()).decode()
-        picture = f'<img alt="losses over steps" style="max-width:100%" src="data:image/png;base64,{data}">'
+    picture = _embedded(folder.path / PLOT_FILE, "losses over steps", "image/png")
     names = [name for name in lines[-1] if "loss" in name]
     rows = [(name, _number(lines[0].get(name)), _number(lines[-1][name])) for name in names]
     return picture + _table(rows, ("", f"step {lines[0]['step']}", f"step {lines[-1]['step']}"))
@@ -65,6 +63,40 @@ def _scores(lines: list[dict[str, Any]]) -> str:
         (line["split"], str(line["epoch"]), *(_number(line["metrics"].get(name)) for name in names)) for line in found
     ]
     return _table(rows, ("split", "epoch", *names))
+
+
+def _samples(folder: RunFolder) -> str:
+    """Show each sample with its answers over the run."""
+    by_sample: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in folder.read_samples():
+        by_sample.setdefault((row["split"], row["index"]), []).append(row)
+    return f"<div class=cards>{''.join(_card(rows, folder) for rows in by_sample.values())}</div>" if by_sample else ""
+
+
+def _card(rows: list[dict[str, Any]], folder: RunFolder) -> str:
+    first = rows[0]
+    parts = [_embedded(folder.path / first["picture"], "sample", "image/jpeg") if first["picture"] else ""]
+    if first["question"]:
+        parts.append(f"<div class=q>{escape(first['question'])}</div>")
+    if first["reference"] is not None:
+        parts.append(f"<div><span class=k>right</span> {escape(str(first['reference']))}</div>")
+    answers: list[tuple[str, list[str]]] = []
+    for row in rows:
+        if not answers or answers[-1][0] != row["answer"]:
+            answers.append((row["answer"], []))
+        answers[-1][1].append(f"step {row['step']}")
+    for answer, steps in answers:
+        when = steps[0] if len(steps) == 1 else f"{steps[0]} to {steps[-1].removeprefix('step ')}"
+        parts.append(f"<div><span class=k>{when}</span> {escape(answer) or '(nothing)'}</div>")
+    return f"<div class=card>{''.join(parts)}</div>"
+
+
+def _embedded(path: Path, name: str, kind: str) -> str:
+    """Give a picture within the page; nothing where the file is gone."""
+    if not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{name}" style="max-width:100%" src="data:{kind};base64,{data}">'
 
 
 def _parts(parts: Mapping[str, Part]) -> str:

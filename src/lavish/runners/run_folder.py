@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 STATE_FILE, LOG_FILE, PLOT_FILE, LOCK_FILE = "state.pt", "log.jsonl", "loss.png", ".lock"
-VALIDATIONS_FILE = "validations.jsonl"
+VALIDATIONS_FILE, SAMPLES_FILE = "validations.jsonl", "samples.jsonl"
 NUM_KEPT_CHECKPOINTS = 2
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems without locks answer: there a second run is not noticed."""
@@ -194,9 +194,17 @@ class RunFolder:
         """Read the scores of the splits so far."""
         return self._lines(VALIDATIONS_FILE)
 
+    def read_samples(self) -> list[dict[str, Any]]:
+        """Read the answers of `run.sample_generations` so far."""
+        return self._lines(SAMPLES_FILE)
+
+    def write_samples(self, lines: list[dict[str, Any]]) -> None:
+        """Write `samples.jsonl` whole."""
+        self.write_lines(SAMPLES_FILE, lines)
+
     def cut_log(self, last_step: int) -> None:
         """Drop the lines after `last_step`, which a resumed run will write again."""
-        for name in (LOG_FILE, VALIDATIONS_FILE):
+        for name in (LOG_FILE, VALIDATIONS_FILE, SAMPLES_FILE):
             path = self.path / name
             if path.exists():
                 kept = [line for line in self._lines(name) if line["step"] <= last_step]

@@ -32,7 +32,7 @@ from lavish.common import dist
 from lavish.common.errors import ConfigError, TrainingError
 from lavish.common.registry import registry
 from lavish.datasets.datasets.base_dataset import ConcatDataset
-from lavish.runners import pth
+from lavish.runners import generations, pth
 from lavish.runners.average import WeightAverage
 from lavish.runners.board import Board
 from lavish.runners.engines import build_engine, checkpoint_activations
@@ -93,6 +93,7 @@ class RunnerBase:
         self.run = self.typed(cfg, type(task))
         run = self.run
         self.task, self.datasets, self.progress = task, by_name(datasets), progress
+        generations.check(run, validates=self.config is not None)
         self.parts = self._training_sets()
         self.dataset: TrainingData = self._joined()
         _check_processes(run)
@@ -254,6 +255,8 @@ class RunnerBase:
         if state is not None:  # not earlier: making the loader draws from torch's generator
             self._restore_random_states(state)
             self._after_epoch()  # a validation that the run was killed in
+        else:
+            self._show_answers(epoch="before")
         self.model.train()
         started, cpu_started = time.perf_counter(), time.process_time()
         while self.step < self.num_steps:
@@ -407,6 +410,8 @@ class RunnerBase:
     def _validate(self, split: str) -> None:
         with self._averaged():
             metrics = self.eval_epoch(split, self.epoch)
+            if split == self.deciding_split:
+                self._show_answers(self.epoch)
         aggregate = None if metrics is None else metrics.get("agg_metrics")
         line = {"step": self.step, "epoch": self.epoch, "split": split, "agg_metrics": aggregate, "metrics": metrics}
         is_best = dist.on_main(lambda: self._is_best(split, aggregate))
@@ -418,9 +423,31 @@ class RunnerBase:
                 self.board.write(self.step, metrics or {}, split)
         dist.wait_for_all()
 
+    @property
+    def deciding_split(self) -> str:
+        """The validation split that picks the best checkpoint."""
+        return "val" if "val" in self.run.valid_splits else self.run.valid_splits[0]
+
+    def _show_answers(self, epoch: Any) -> None:
+        """Write what the model answers to the first held-out samples (`run.sample_generations`)."""
+        if not self.run.sample_generations:
+            return
+        dataset = self._split(self.deciding_split)
+
+        def answer() -> list[dict[str, Any]]:
+            return generations.answer(self.task, self.model, dataset, self.run, self.device)
+
+        # Processes that share weights compute in step: all of them answer, and the main one writes.
+        rows = answer() if self.engine.shares_weights else dist.on_main(answer)
+        self.engine.settle(self.model)
+        if dist.is_main():
+            where = {"step": self.step, "epoch": epoch, "split": self.deciding_split}
+            generations.write(self.folder, dataset, rows, where)
+            if self.board is not None:
+                self.board.write_text(self.step, self.deciding_split, generations.as_markdown(rows))
+
     def _is_best(self, split: str, aggregate: float | None) -> bool:
-        deciding = "val" if "val" in self.run.valid_splits else self.run.valid_splits[0]
-        if split != deciding or aggregate is None:
+        if split != self.deciding_split or aggregate is None:
             return False
         before = [line["agg_metrics"] for line in self.folder.read_validations() if line["split"] == split]
         before = [value for value in before if value is not None]

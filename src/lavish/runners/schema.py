@@ -27,7 +27,7 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     *("min_lr", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "num_workers", "num_threads", "seed"),
-    *("iters_per_inner_epoch", "ema_decay", "save_steps"),
+    *("iters_per_inner_epoch", "ema_decay", "save_steps", "sample_generations"),
 )
 _POSITIVE = ("init_lr", "muon_lr", "lr_decay_rate", "lr_layer_decay")
 
@@ -131,6 +131,9 @@ class RunConfig:
     """Splits to score during training; `val` among them picks the best checkpoint."""
     test_splits: list[str] = field(default_factory=list)
     """Splits to score at the end, with the best weights if there is validation."""
+    sample_generations: int = 0
+    """How many samples of the validation split are answered before training and at every validation, for you to look
+    at: in `samples.jsonl`, `report.html` and tensorboard."""
     train_dataset_ratios: dict[str, float] | None = None
     """`runner_iter` with several data sets: how often each is drawn; every set is named."""
     group_by_length: bool = False

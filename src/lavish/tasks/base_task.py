@@ -27,8 +27,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from lavish.common.errors import ConfigError
 from lavish.common.registry import registry
 from lavish.tasks.results import save_result
+
+ANSWERS = ("answer", "caption", "prediction", "choice")
+"""Keys of a result that hold what the model said."""
 
 
 class TrainingData(Protocol):
@@ -96,6 +100,21 @@ class BaseTask:
         """Give the results of one batch, one for each sample: dicts that hold the sample's id."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it validates; override valid_step().")
 
+    def answer_step(self, model: nn.Module, samples: dict[str, Any]) -> list[Any]:
+        """Answer each sample of a batch, for whoever watches a training (`run.sample_generations`).
+
+        Raises:
+            ConfigError: what `valid_step` gives holds no answers; override this.
+        """
+        results = self.valid_step(model=model, samples=samples)
+        names = [next((name for name in ANSWERS if name in result), None) for result in map(_mapping, results)]
+        if None in names:
+            raise ConfigError(
+                f"run.sample_generations: {type(self).__name__} gives no answers ({', '.join(ANSWERS)}) to look at; "
+                "override answer_step(), or leave the key out."
+            )
+        return [result[name] for name, result in zip(names, results, strict=True)]
+
     def inference_step(self) -> Any:
         """Answer without a score; no task of lavish does."""
         raise NotImplementedError(f"{type(self).__name__} has no inference step; override inference_step().")
@@ -158,6 +177,10 @@ def read_losses(output: Any) -> dict[str, torch.Tensor]:
         return dict(output)
     loss, parts = output
     return {**parts, "loss": loss}
+
+
+def _mapping(result: Any) -> Mapping[str, Any]:
+    return result if isinstance(result, Mapping) else {}
 
 
 def to_device(samples: Any, device: torch.device | str) -> Any:

@@ -45,6 +45,15 @@ class LossTask(ScoredTask):
             results.append(result)
         return results
 
+    def answer_step(self, model: nn.Module, samples: dict[str, Any]) -> list[Any]:
+        """Let the model write, in place of the answers that the samples have."""
+        return method_of(model, "generate")(samples, **self.generation())
+
+    def generation(self) -> dict[str, Any]:
+        """Give the recipe's options of generation as the model's `generate` calls them."""
+        limit = self.option("max_len", self.option("max_new_tokens"))
+        return {} if limit is None else {"max_new_tokens": limit}
+
     def unique(self, results: list[Any]) -> list[Any]:
         """Give the first result of each id; all of those without one."""
         seen: set[Any] = set()
@@ -78,10 +87,13 @@ class DialogueTask(LossTask):
         results = super().valid_step(model, samples)
         if not self.option("evaluate", False) or len(results) != num_samples(samples):
             return results
-        names = {"num_beams": "num_beams", "max_len": "max_length", "min_len": "min_length"}
-        given = {name: self.run.get(key) for key, name in names.items() if self.run.get(key) is not None}
-        answers = method_of(model, "generate")(samples, **given)
+        answers = self.answer_step(model, samples)
         return [{**result, "answer": answer} for result, answer in zip(results, answers, strict=True)]
+
+    def generation(self) -> dict[str, Any]:
+        """Give the recipe's options of generation as the model's `generate` calls them."""
+        names = {"num_beams": "num_beams", "max_len": "max_length", "min_len": "min_length"}
+        return {name: self.run.get(key) for key, name in names.items() if self.run.get(key) is not None}
 
     def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:
         """Add the metrics of captions, where there are answers and the records hold the true ones."""
