@@ -63,6 +63,8 @@ class Release:
     """What was guessed or is unusual: field of the config -> a sentence, for who does not set that field."""
     adapted: Callable[[Any], None] | None = None
     """Called with the network once an adapter is on it."""
+    is_untrained: bool = False
+    """The projector is in no file: it is to start random."""
 
 
 def merged(path: Path, parts: Iterable[tuple[str, TensorMap]]) -> TensorMap:

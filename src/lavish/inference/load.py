@@ -133,7 +133,7 @@ def load(
             "--merge-lora), or put the other one on the loaded network: vlm.load_adapter(path, name)."
         )
     worn = own if adapter is None else adapter
-    weight_dtype = resolve_dtype(dtype, _stored_dtype(release.tensors), target)
+    weight_dtype = resolve_dtype(dtype, stored_dtype(release.tensors), target)
     if release.is_int8 and quantization is not None:
         raise ConfigError(f"{folder} was saved in int8 already; load it without quantization={quantization!r}.")
     is_quantized = release.is_int8 or quantization is not None
@@ -159,7 +159,7 @@ def load(
     elif blocks is not None:
         network = layer_split.load_split(release.family, release.config, release.tensors, blocks, dtype=weight_dtype)
     else:
-        network = _load_network(release, weight_dtype, target, quantization, quantize_vision)
+        network = load_network(release, weight_dtype, target, quantization, quantize_vision)
     if worn is not None:
         found = worn if isinstance(worn, Lora) else Path(worn)
         network = apply_adapter(network, found, native=release.family.native_adapter)
@@ -171,7 +171,7 @@ def load(
         layer_split.dispatch(network, blocks)
     register()
     new_seed = None if parallel is None else partial(shared_seeds(target).getrandbits, 62)
-    return _talking(path_or_hub_id, release, network, processor, new_seed)
+    return talking(path_or_hub_id, release, network, processor, new_seed)
 
 
 def _check_names(path: Any, adapter: Any, base: Any, tokenizer: Any, revision: Any) -> None:
@@ -432,7 +432,7 @@ def read_overrides(config: Mapping[str, Any] | str | Path | None, rope: str | No
     return fields if rope is None else {**fields, "rope": rope}
 
 
-def _stored_dtype(tensors: TensorMap) -> torch.dtype:
+def stored_dtype(tensors: TensorMap) -> torch.dtype:
     """Give the float dtype that holds the most elements."""
     elements: Counter[torch.dtype] = Counter()
     for name in tensors:
@@ -442,14 +442,17 @@ def _stored_dtype(tensors: TensorMap) -> torch.dtype:
     return elements.most_common(1)[0][0] if elements else torch.float32
 
 
-def _load_network(
+def load_network(
     release: Opened,
     dtype: torch.dtype,
     device: torch.device,
     quantization: str | None,
-    quantize_vision: bool,
+    quantize_vision: bool = False,
 ) -> PreTrainedModel:
+    """Make the network of a release and read its weights; a projector that is in no file starts random."""
     family, config, tensors = release.family, release.config, release.tensors
+    is_untrained = release.release is not None and release.release.is_untrained
+    rules = (*family.rules, *(family.untrained_rules if is_untrained else ()))
     with torch.device("meta"):
         network = family.model_class(config)
     if quantization is not None:
@@ -459,14 +462,17 @@ def _load_network(
             quantization,
             dtype=dtype,
             device=device,
-            rules=family.rules,
+            rules=rules,
             quantize_vision=quantize_vision,
         )
     else:
         if release.is_int8:
             saved = release.config_dict["quantization_config"]
             replace_by_int8(network, dtype, quantize_vision=bool(saved.get("quantize_vision")))
-        left = load_into(network, tensors, dtype=dtype, device=device, rules=family.rules)
+        left = load_into(network, tensors, dtype=dtype, device=device, rules=rules)
+    if is_untrained:
+        family.start_projector(network, dtype, device)
+        left = [name for name in left if not name.startswith("projector.")]
     family.complete(network, left)
     config.dtype = dtype
     return network.eval()
@@ -493,8 +499,8 @@ def _load_samples(
     return SampleModel(samples.to(device=device, dtype=weight_dtype).eval(), name=str(name))
 
 
-def _talking(
-    path: str | Path | None, release: Opened, network: Any, processor: Any, new_seed: Callable[[], int] | None
+def talking(
+    path: str | Path | None, release: Opened, network: Any, processor: Any, new_seed: Callable[[], int] | None = None
 ) -> VLM:
     """Put the parts together, with what the folder says about answering."""
     return VLM(

@@ -141,6 +141,19 @@ class Family:
         """Open a composite release; see `lavish.checkpoints.release`."""
         return self._get("weights", "open_release")(path, pieces)
 
+    def open_untrained(self, folder: Path | None, pieces: Mapping[str, Path]) -> Release:
+        """Open a composite release without the piece that was trained: the projector is to start random."""
+        return self._get("weights", "open_untrained")(folder, pieces)
+
+    @property
+    def untrained_rules(self) -> Any:
+        """Rules in place of a projector's weights."""
+        return self._get("weights", "UNTRAINED")
+
+    def start_projector(self, network: Any, dtype: Any, device: Any) -> None:
+        """Fill a projector on the meta device with random weights, as the release starts it."""
+        self._get("weights", "start_projector")(network, dtype, device)
+
     @property
     def rules(self) -> Any:
         """Renaming rules from the released tensors to the network's."""

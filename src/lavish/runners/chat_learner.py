@@ -28,6 +28,7 @@ from lavish.common import config as configs
 from lavish.common.errors import ConfigError, DataError, MissingDependency, did_you_mean
 from lavish.inference.adapters import is_quantized, layers_over_quantized
 from lavish.inference.load import POCKET, load
+from lavish.inference.random_start import random_model, with_random_projector
 from lavish.inference.vlm import VLM
 from lavish.models import family_of
 from lavish.models.base_model import BaseModel, read_fields
@@ -87,6 +88,9 @@ class ChatSettings:
     """The only one."""
     path: str | None = None
     """Folder or hub id, as `lavish.load` takes it; null: the bundled pocket model."""
+    init: Literal["random", "random_projector"] | None = None
+    """What starts random, by the seed of the run: everything, of the folder's config.json alone; or the projector of a
+    release in pieces. Null: nothing, all weights are in the files."""
     pieces: dict[str, str] = field(default_factory=dict)
     """Parts of the release that are elsewhere."""
     base: str | None = None
@@ -118,6 +122,25 @@ class ChatSettings:
             )
         if self.quantization and (self.lora is None or {"all", "decoder"} & set(self.train)):
             raise ConfigError("quantization nf4 freezes the decoder: set model.lora, and leave it out of model.train")
+        if self.init == "random":
+            self._check_random()
+        elif self.init == "random_projector":
+            learns = [name for name in self.train if name == "all" or name.startswith("projector")]
+            if not learns or {"all", "projector"} & set(self.freeze):
+                raise ConfigError("a random projector has to learn: put projector into model.train")
+
+    def _check_random(self) -> None:
+        if self.path is None:
+            raise ConfigError(
+                "init: random needs a folder with a config.json and a tokenizer, and model.path is null; name one, "
+                "such as projects/glm4v_9b/tiny"
+            )
+        given = {"pieces": self.pieces, "base": self.base, "quantization": self.quantization}
+        if wrong := next((name for name, value in given.items() if value), None):
+            raise ConfigError(
+                f"init: random makes all weights of model.path's config.json, and model.{wrong} is about weights in "
+                f"files; leave model.{wrong} out"
+            )
 
 
 class ChatCollator:
@@ -170,7 +193,7 @@ class ChatLearner(BaseModel):
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> ChatLearner:
-        """Load the model of a `model` section, and choose what learns.
+        """Load the model of a `model` section, or make what `init` says of it, and choose what learns.
 
         Raises:
             ConfigError: an unknown key or part, or nothing learns.
@@ -178,17 +201,7 @@ class ChatLearner(BaseModel):
             MissingDependency: LoRA without peft, nf4 without bitsandbytes.
         """
         settings = configs.check(read_fields(cfg), ChatSettings, "model")
-        vlm = load(
-            settings.path,
-            dtype=settings.dtype,
-            device="cpu",  # the runner moves it
-            quantization=settings.quantization,
-            base=settings.base,
-            tokenizer=settings.tokenizer,
-            config=settings.config or None,
-            **settings.pieces,  # pyright: ignore[reportArgumentType] - paths by the names of pieces
-        )
-        return cls(vlm, settings)
+        return cls(_model(settings), settings)
 
     @property
     def processor(self) -> Any:
@@ -258,7 +271,8 @@ class ChatLearner(BaseModel):
 
     def _is_adapter_alone(self) -> bool:
         settings = self.settings
-        return settings.lora is not None and not (settings.train or settings.pieces or settings.base or settings.config)
+        changed = settings.train or settings.pieces or settings.base or settings.config or settings.init
+        return settings.lora is not None and not changed
 
     def _save_adapter(self, folder: Path) -> None:
         place = POCKET if self.settings.path is None else Path(self.settings.path)
@@ -296,6 +310,21 @@ def _without_answer(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
     """Give a conversation up to its last question."""
     questions = [at for at, message in enumerate(messages) if message["role"] == "user"]
     return list(messages[: questions[-1] + 1]) if questions else list(messages)
+
+
+def _model(settings: ChatSettings) -> VLM:
+    """Give the model that a section names; on the CPU, from where the runner moves it."""
+    same: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "device": "cpu",
+        "tokenizer": settings.tokenizer,
+        "config": settings.config or None,
+    }
+    if settings.init == "random" and settings.path is not None:
+        return random_model(settings.path, **same)
+    if settings.init == "random_projector":
+        return with_random_projector(settings.path, settings.pieces, quantization=settings.quantization, **same)
+    return load(settings.path, quantization=settings.quantization, base=settings.base, **same, **settings.pieces)
 
 
 def _with_lora(network: Any, settings: LoraSettings) -> Any:

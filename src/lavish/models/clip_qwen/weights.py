@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from lavish.checkpoints import hf
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.checkpoints.qwen import native_lora, qwen_rules, released_lora
 from lavish.checkpoints.release import Release, find_piece, merged, with_config
-from lavish.checkpoints.rules import Drop, Rename, Rule
+from lavish.checkpoints.rules import Drop, Optional, Rename, Rule
 from lavish.checkpoints.tensor_map import TensorMap
 from lavish.common.errors import CheckpointError, ConfigError
 from lavish.nn.qwen import read_qwen_config
@@ -42,6 +43,9 @@ RULES: tuple[Rule, ...] = (
     *(Rename(f"{_IN_CLIP}{'.*' * depth}", f"{_TOWER}{'.*' * depth}") for depth in (2, 3, 5, 6)),
     *qwen_rules(),
 )
+
+UNTRAINED: tuple[Rule, ...] = (Optional("projector.*.*", why="it starts random"),)
+"""In place of a projector's weights."""
 
 TENSOR_PARALLEL_PLAN = MappingProxyType(
     {
@@ -84,10 +88,43 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
     """
     trained = _trained(path)
     beside = sorted(entry for entry in (path if trained != path else path.parent).iterdir() if entry.is_dir())
-    recorded = _recorded(trained)
-    vision_folder = _piece("vision_tower", path, pieces, (beside, recorded), "clip", "clip_vision_model")
-    llm = _piece("llm", path, pieces, (beside, recorded), "qwen")
+    places = (beside, _recorded(trained))
     projector = hf.read(hf.inside(trained, PROJECTOR_FILE))
+    release, llm = _opened(path, pieces, places, projector, path)
+    return replace(release, adapter=_adapter(trained), adapted=partial(_save_together, llm))
+
+
+def open_untrained(folder: Path | None, pieces: Mapping[str, Path]) -> Release:
+    """Open the folders that a training of the projector starts from, side by side in `folder` or named; what was
+    trained is not read where the folder has it.
+
+    Raises: as `open_release`.
+    """
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give the folder that holds the decoder's and the tower's.")
+    beside = [] if folder is None else sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    path = folder or next(iter(pieces.values()), Path())
+    return replace(_opened(path, pieces, (beside,), TensorMap(path, {}), folder)[0], is_untrained=True)
+
+
+def start_projector(network: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill the projector, which is on the meta device, with random weights as the release starts it."""
+    network.projector.to_empty(device=device).to(dtype)
+    for linear in (network.projector[0], network.projector[2]):
+        nn.init.normal_(linear.weight, std=network.config.initializer_range)
+        nn.init.zeros_(linear.bias)
+
+
+def _opened(
+    path: Path,
+    pieces: Mapping[str, Path],
+    places: Iterable[Iterable[Path]],
+    projector: TensorMap,
+    folder: Path | None,
+) -> tuple[Release, Path]:
+    """Put tower, decoder and projector together; gives the decoder's folder too."""
+    vision_folder = _piece("vision_tower", path, pieces, places, "clip", "clip_vision_model")
+    llm = _piece("llm", path, pieces, places, "qwen")
     tensors = merged(path, [("", hf.read(llm)), (f"{_TOWER}.", hf.read(vision_folder)), ("projector.", projector)])
     answering = read_optional_object(llm / "generation_config.json")
     fields = {
@@ -105,10 +142,7 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
         fields["repetition_penalty"] = answering["repetition_penalty"]
     # Its eos is <|endoftext|>; the chat model ends with <|im_end|>. The config's list says all.
     sampling = {name: value for name, value in answering.items() if name != "eos_token_id"}
-    fields = with_config(path, "clip_qwen", fields)
-    adapter = _adapter(trained)
-    adapted = partial(_save_together, llm)
-    return Release(fields, tensors, llm, load_qwen_tokenizer, sampling, adapter=adapter, adapted=adapted)
+    return Release(with_config(folder, "clip_qwen", fields), tensors, llm, load_qwen_tokenizer, sampling), llm
 
 
 def native_adapter(fields: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,6 +8,7 @@ processor.py). Chats with messages, streaming and a kept cache: `lavish.load`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lavish.checkpoints import hf, hub
 from lavish.checkpoints.json_file import read_object, read_optional_object
 from lavish.checkpoints.loading import load_into, rearrange
+from lavish.checkpoints.release import Release
 from lavish.checkpoints.rules import Rule
 from lavish.common.errors import (
     ConfigError,
@@ -25,26 +27,29 @@ from lavish.common.errors import (
     PromptError,
     ShapeMismatch,
     UnexpectedKeys,
-    did_you_mean,
     shown,
 )
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
-from lavish.models.minigpt4_qwen.config import MiniGPT4QwenConfig, read_config
+from lavish.models.minigpt4_qwen.config import read_config
 from lavish.models.minigpt4_qwen.model import MiniGPT4QwenForConditionalGeneration
 from lavish.models.minigpt4_qwen.pieces import PLACE, check_count
 from lavish.models.minigpt4_qwen.processor import MiniGPT4QwenProcessor
-from lavish.models.minigpt4_qwen.weights import PIECES, RULES, complete, open_release, pieces_in, read_trained
+from lavish.models.minigpt4_qwen.section import KEYS, RANDOM_PROJECTOR, read_section, starts_random
+from lavish.models.minigpt4_qwen.weights import (
+    PIECES,
+    RULES,
+    UNTRAINED,
+    complete,
+    open_release,
+    open_untrained,
+    pieces_in,
+    read_trained,
+    start_projector,
+)
 from lavish.processors.qwen_tokenizer import load_qwen_tokenizer
 
 MAX_NEW_TOKENS = 512
 """Of an answer, as the release's command line has it."""
-FREEZES = ("freeze_vit", "freeze_qformer", "freeze_queries", "freeze_proj", "freeze_llm", "unfreeze_pos_embed")
-SECTION_KEYS = (
-    *("arch", "model_type", "finetuned", "load_finetuned", "load_pretrained", "max_txt_len", "llm_device_map"),
-    *PIECES,
-    *FREEZES,
-)
-"""What a `model` section may hold beside the fields of the config."""
 
 
 class MiniGPT4Qwen(BaseModel):
@@ -60,6 +65,8 @@ class MiniGPT4Qwen(BaseModel):
     ) -> None:
         super().__init__()
         self.network, self.processor, self.max_txt_len = network, processor, max_txt_len
+        self.stored_dtype = next(network.parameters()).dtype
+        """What the forward pass runs in, though what learns may be float32."""
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> MiniGPT4Qwen:
@@ -69,7 +76,11 @@ class MiniGPT4Qwen(BaseModel):
             ConfigError: an unknown key, a wrong value or an absent piece.
             CheckpointError: weights that cannot be fetched or do not fit.
         """
-        return cls._open(read_fields(cfg), None, None)
+        model = cls._open(read_fields(cfg), None, None)
+        for parameter in model.network.parameters():  # steps of 1e-4 are lost on bfloat16 weights
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return model
 
     @classmethod
     def from_pretrained(
@@ -101,18 +112,20 @@ class MiniGPT4Qwen(BaseModel):
 
     @classmethod
     def _open(cls, section: Mapping[str, Any], checkpoint: str | Path | None, tokenizer: Any) -> MiniGPT4Qwen:
-        known = {*SECTION_KEYS, *MiniGPT4QwenConfig.__dataclass_fields__}
-        if unknown := [name for name in section if name not in known]:
-            raise ConfigError(f"model: {unknown[0]!r} is no key of this model.{did_you_mean(unknown[0], known)}")
-        trained = checkpoint if checkpoint is not None else section.get("finetuned")
-        if not trained:
+        section = read_section(section)
+        is_random = starts_random(section, checkpoint)
+        trained = None if is_random else checkpoint if checkpoint is not None else section.get("finetuned")
+        if not trained and not is_random:
             raise ConfigError(
                 "The weights that were trained are on no hub: fetch ckpt.zip from the releases of Coobiw/MiniGPT4Qwen "
-                "on GitHub, and give it as checkpoint=... (or finetuned: of the config)."
+                "on GitHub, and give it as checkpoint=... (or finetuned: of the config). To train a projector from "
+                f"random weights, ask for it: init: {RANDOM_PROJECTOR}."
             )
         check_llm_device_map(section.get("llm_device_map", "cpu"))
-        fields = {name: value for name, value in section.items() if name not in SECTION_KEYS}
-        network, processor = _load(local_file(trained), section, fields, tokenizer)
+        fields = {name: value for name, value in section.items() if name not in KEYS}
+        network, processor = _load(local_file(trained) if trained else None, section, fields, tokenizer)
+        if section.get("use_grad_checkpoint"):
+            network.gradient_checkpointing_enable()
         _freeze(network, section)
         return cls(network, processor, int(section.get("max_txt_len", 512)))
 
@@ -160,13 +173,14 @@ class MiniGPT4Qwen(BaseModel):
         inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask", "labels")}
         images = samples.get("image")
         _check_images(int(batch["num_images"].sum()), images)
-        return {
-            "loss": self.network(**inputs, pixel_values=images if images is not None and len(images) else None).loss
-        }
+        pixel_values = images if images is not None and len(images) else None
+        with self._precision():
+            return {"loss": self.network(**inputs, pixel_values=pixel_values).loss.float()}
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Give the embeddings of pictures. (images, 3, S, S) -> (images, num_query_tokens, hidden)."""
-        return self.network.get_image_features(image.to(self.device))
+        with self._precision():
+            return self.network.get_image_features(image.to(self.device))
 
     def preprocess(self, sources: Sequence[Any], max_len: int, **options: Any) -> dict[str, torch.Tensor]:
         """Encode conversations for training; see `MiniGPT4QwenProcessor.preprocess`."""
@@ -252,8 +266,16 @@ class MiniGPT4Qwen(BaseModel):
             tensors["pixel_values"] = images.to(self.device)
         # The `self` of transformers' `generate` is a protocol of more attributes than any network declares.
         network = cast(Any, self.network)
-        tokens = network.generate(**tensors, generation_config=generation_config, **{**given, **options, **stop})
+        with self._precision():
+            tokens = network.generate(**tensors, generation_config=generation_config, **{**given, **options, **stop})
         return tokens[:, tensors["input_ids"].shape[1] :]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Compute in a half dtype, where the frozen weights have one."""
+        kinds = {parameter.dtype for parameter in self.network.parameters()}
+        if len(kinds) == 1 or self.stored_dtype not in (torch.bfloat16, torch.float16):
+            return nullcontext()
+        return torch.autocast(self.device.type, self.stored_dtype)
 
     def _text(self, token_ids: list[int]) -> str:
         eos = self.network.config.eos_token_id
@@ -282,19 +304,20 @@ def check_llm_device_map(llm_device_map: object) -> None:
 
 
 def _load(
-    path: Path, section: Mapping[str, Any], overrides: dict[str, Any], tokenizer: Any
+    path: Path | None, section: Mapping[str, Any], overrides: dict[str, Any], tokenizer: Any
 ) -> tuple[MiniGPT4QwenForConditionalGeneration, MiniGPT4QwenProcessor]:
-    if path.is_dir() and read_optional_object(path / "config.json").get("model_type") == "minigpt4_qwen":
-        fields, tensors, place = read_object(path / "config.json"), hf.read(path), path
+    """Load the network and its processor; without a path its projector starts random."""
+    if path is not None and read_optional_object(path / "config.json").get("model_type") == "minigpt4_qwen":
+        release = Release(read_object(path / "config.json"), hf.read(path), path, load_qwen_tokenizer)
     else:
         named = {name: section[name] for name in PIECES if section.get(name)}
-        if path.is_dir():  # what it holds itself comes before what the YAML names
+        if path is not None and path.is_dir():  # what it holds itself comes before what the YAML names
             named = {name: value for name, value in named.items() if not pieces_in(path)[name]}
         folders = ("llm", "qformer")
         pieces = {name: hub.resolve(at) if name in folders else local_file(at) for name, at in named.items()}
-        release = open_release(path, pieces)
-        fields, tensors, place = release.fields, release.tensors, release.tokenizer
-    config = read_config(fields, str(path), **overrides)
+        release = open_untrained(None, pieces) if path is None else open_release(path, pieces)
+    fields, tensors, place = release.fields, release.tensors, release.tokenizer
+    config = read_config(fields, str(path or place), **overrides)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = load_qwen_tokenizer(place if tokenizer is None else hub.resolve(tokenizer))
     processor = MiniGPT4QwenProcessor.from_config(config, tokenizer)
@@ -302,7 +325,12 @@ def _load(
         network = MiniGPT4QwenForConditionalGeneration(config)
     name = next((one for one in ("llm_model.lm_head.weight", "lm_head.weight") if one in tensors), next(iter(tensors)))
     dtype = tensors.meta(name)[1]  # the decoder's: pieces are stored in several
-    complete(network, load_into(network, tensors, dtype=dtype, device="cpu", rules=RULES))
+    rules = (*RULES, *(UNTRAINED if release.is_untrained else ()))
+    left = load_into(network, tensors, dtype=dtype, device="cpu", rules=rules)
+    if release.is_untrained:
+        start_projector(network, dtype, torch.device("cpu"))
+        left = [one for one in left if not one.startswith("projector.")]
+    complete(network, left)
     config.dtype = dtype
     return network, processor
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from lavish.checkpoints import deepspeed, hf, lavis
 from lavish.checkpoints.json_file import read_object, read_optional_object
@@ -21,7 +24,7 @@ from lavish.checkpoints.layouts import read_weights
 from lavish.checkpoints.pickles import read_table
 from lavish.checkpoints.qwen import native_lora, qwen_rules
 from lavish.checkpoints.release import Release, find_piece, merged, with_config
-from lavish.checkpoints.rules import Drop, Merge, Rename, Rule, Surplus
+from lavish.checkpoints.rules import Drop, Merge, Optional, Rename, Rule, Surplus
 from lavish.checkpoints.tensor_map import TensorInfo, TensorMap
 from lavish.common.errors import CheckpointError, ConfigError, UnknownLayout
 from lavish.nn.qwen import read_qwen_config
@@ -90,6 +93,9 @@ RULES: tuple[Rule, ...] = (
     *qwen_rules(source="llm_model."),
 )
 
+UNTRAINED: tuple[Rule, ...] = (Optional("projector.*", why="it starts random"),)
+"""In place of a projector's weights."""
+
 TENSOR_PARALLEL_PLAN = MappingProxyType(
     {
         "language_model.layers.*.self_attn.q_proj": "colwise",
@@ -136,13 +142,46 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
         CheckpointError: a piece is damaged or of another kind.
     """
     folder = path if path.is_dir() and not _is_run(path) else None
+    found = _find_pieces(path, folder, pieces)
+    trained_path = path if folder is None else _find_trained(folder, {found["eva"], found["blip2"]})
+    return _opened(path, folder, pieces, found, read_trained(trained_path))
+
+
+def open_untrained(folder: Path | None, pieces: Mapping[str, Path]) -> Release:
+    """Open the pieces that a training of the projector starts from: all but the one that was trained, which is not
+    read where the folder has it.
+
+    Raises: as `open_release`.
+    """
+    if folder is not None and (not folder.is_dir() or _is_run(folder)):
+        raise ConfigError(
+            f"{folder} is a piece that was trained, and its projector was to start random. Give the folder that holds "
+            f"the other pieces, or name them: {', '.join(f'{name}=...' for name in PIECES)}."
+        )
+    path = folder or next(iter(pieces.values()), Path())
+    return replace(_opened(path, folder, pieces, _find_pieces(path, folder, pieces), None), is_untrained=True)
+
+
+def start_projector(network: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill the projector, which is on the meta device, with random weights: torch's own, as in the release."""
+    network.projector.to_empty(device=device).to(dtype).reset_parameters()
+
+
+def _find_pieces(path: Path, folder: Path | None, pieces: Mapping[str, Path]) -> dict[str, Path]:
     here = pieces_in(folder)
-    eva_file, blip2_file, llm = (find_piece(name, path, pieces, here[name]) for name in ("eva", "blip2", "llm"))
-    trained_path = path if folder is None else _find_trained(folder, {eva_file, blip2_file})
-    eva, blip2, trained = _eva(eva_file), lavis.read(blip2_file), read_trained(trained_path)
+    return {name: find_piece(name, path, pieces, here[name]) for name in ("eva", "blip2", "llm")}
+
+
+def _opened(
+    path: Path, folder: Path | None, pieces: Mapping[str, Path], found: Mapping[str, Path], trained: TensorMap | None
+) -> Release:
+    """Lay the pieces over each other, and read what they say of their sizes."""
+    trained = TensorMap(path, {}) if trained is None else trained
+    llm = found["llm"]
+    eva, blip2 = _eva(found["eva"]), lavis.read(found["blip2"])
     tensors = merged(path, [("", eva), ("", _llm_weights(llm, trained)), ("", blip2), ("", trained)])
     vision = _vision_fields(tensors)
-    bert = _bert_config(path, pieces, here["qformer"], tensors)
+    bert = _bert_config(path, pieces, pieces_in(folder)["qformer"], tensors)
     text = read_qwen_config(read_object(llm / "config.json"), str(llm / "config.json")).to_dict()
     fields: dict[str, Any] = {
         "architectures": ["MiniGPT4QwenForConditionalGeneration"],
@@ -157,8 +196,7 @@ def open_release(path: Path, pieces: Mapping[str, Path]) -> Release:
         fields["max_window_size"] = answering["max_window_size"]
     # Its eos is <|endoftext|>; the release stops at <|im_end|> and <|im_start|> whatever the file says.
     sampling = {name: value for name, value in answering.items() if name in ("temperature", "top_p", "top_k")}
-    fields = with_config(folder, "minigpt4_qwen", fields)
-    return Release(fields, tensors, llm, load_qwen_tokenizer, sampling)
+    return Release(with_config(folder, "minigpt4_qwen", fields), tensors, llm, load_qwen_tokenizer, sampling)
 
 
 def pieces_in(folder: Path | None) -> dict[str, list[Path]]:
