@@ -218,6 +218,89 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 7
 
 
+def questions(path: Path, changes: dict[int, dict[str, Any]] | None = None) -> str:
+    """Write rows of one's own, and give the change of the recipe that takes them, whose answers are written."""
+    rows = [
+        {"image": name, "question": f"What colour is thing {at}?", "question_id": at, "answer": "red"}
+        for at, name in enumerate(sets.NAMES)
+    ]
+    for at, change in (changes or {}).items():
+        rows[at] |= change
+    path.write_text(json.dumps(rows))
+    return f"datasets.coco_vqa.build_info.annotations.val={{storage: [{path}], url: null}}"
+
+
+WRITTEN = "run.inference_method=generate"
+
+
+def test_answers_of_other_data_or_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe is the same, and what its file holds is not."""
+    mine, out = tmp_path / "mine.json", tmp_path / "out"
+    change = questions(mine)
+    run("vqav2_eval", out, change, WRITTEN)
+    questions(mine, {2: {"question": "Is it big?"}})
+    with pytest.raises(
+        ConfigError, match=r"answers of other data or weights: 1 changed since, first .*mine\.json.*--force"
+    ):
+        run("vqav2_eval", out, change, WRITTEN)
+    with monkeypatch.context() as patch:
+        patch.setattr(BlipVQA, "predict_answers", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("vqav2_eval", out, change, WRITTEN, force=True)
+    left = {path.name for path in out.iterdir()}
+    assert left >= {"config.yaml", "inputs.json"}
+    assert not left & {"metrics.json", "results.jsonl", "report.html", "statistics.json", "evaluate.txt", "result"}
+    run("vqav2_eval", out, change, WRITTEN)
+    assert rows(out)[2]["question"] == "Is it big?"
+
+
+def test_what_tells_one_file_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lavish.runners import evaluation_inputs as inputs
+
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"abc")
+    first = inputs.mark_of(weights)
+    weights.write_bytes(b"abd")
+    assert inputs.mark_of(weights) != first
+    monkeypatch.setattr(inputs, "MAX_READ_BYTES", 2)
+    first = inputs.mark_of(weights)
+    os.utime(weights, ns=(1, 1))
+    assert inputs.mark_of(weights) != first
+    (tmp_path / "report.html").touch()
+    section = {
+        "path": str(tmp_path),
+        "dtype": "float32",
+        "pieces": {"llm": str(weights)},
+        "ask": {"vqa": {"text": "/"}},
+    }
+    found = inputs.inputs_of(Config({"model": section}), [("own", "val", [1, 2])])
+    assert set(found) == {"own/val", str(weights)}
+    assert found["own/val"] == "2 samples"
+
+
+def test_a_run_that_failed_early_does_not_fix_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "empty.json").write_text("[]")
+    change = f"datasets.coco_vqa.build_info.annotations.val={{storage: [{tmp_path / 'empty.json'}], url: null}}"
+    with pytest.raises(DataError, match=r"holds no rows|has no samples"):
+        run("vqav2_eval", tmp_path / "out", change, WRITTEN)
+    assert run("vqav2_eval", tmp_path / "out", questions(tmp_path / "mine.json"), WRITTEN)["splits"]
+
+
+def test_odd_texts_and_ids_that_come_twice(tmp_path: Path) -> None:
+    """Half a character is no UTF-8, and JSON can spell it; of two questions with one id the first counts, and it is
+    said."""
+    odd = {1: {"question_id": 0}, 3: {"answer": "\ud83d\u2028"}}
+    found = run("vqav2_eval", tmp_path / "out", questions(tmp_path / "mine.json", odd), WRITTEN)["splits"][
+        "coco_vqa/val"
+    ]
+    assert "1 of 7 results are not scored: their question_id is that of an earlier one." in found["notes"]
+    assert found["metrics"]["vqa_accuracy"]["num_samples"] == 6
+    given = rows(tmp_path / "out")
+    assert given[3]["reference"] == ["\ud83d\u2028"]
+    assert [at for at, row in enumerate(given) if "score" not in row] == [1]
+    assert "Worst cases" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_folder_of_a_training_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "checkpoint_best.pth").touch()
     (tmp_path / "config.yaml").write_text("run: {task: vqa}\n")
@@ -328,6 +411,11 @@ def test_a_model_that_chats(tmp_path: Path) -> None:
     answers = [row["result"]["answer"] for row in rows(tmp_path / "a")]
     assert all(answers)
     assert all(len(answer.split()) <= 3 for answer in answers)
+    evaluation.evaluate(chat(tmp_path / "a"))  # asks nothing, and still knows how it was asked
+    again = json.loads((tmp_path / "a" / "metrics.json").read_text())["record"]
+    assert {name: again[name] for name in ("asked", "dtype")} == {
+        name: found["record"][name] for name in ("asked", "dtype")
+    }
     one_by_one = chat(tmp_path / "b", "run.batch_size_eval=1")
     evaluation.evaluate(one_by_one)
     assert [row["result"]["answer"] for row in rows(tmp_path / "b")] == answers
@@ -343,7 +431,7 @@ def test_how_a_model_is_asked_can_be_said(tmp_path: Path) -> None:
         ("model.ask.vqa={text: 'what'}", r"needs \{question\}"),
         ("model.dtyp=float32", r"dtyp.*Did you mean 'dtype'"),
     ):
-        with pytest.raises(ConfigError, match=wrong and message):
+        with pytest.raises(ConfigError, match=message):
             evaluation.evaluate(chat(tmp_path / "b", wrong), force=True)
 
 

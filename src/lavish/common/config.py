@@ -166,8 +166,9 @@ def save(config: Any, path: str | Path) -> None:
 
 
 def write_json(value: Any, path: str | Path) -> None:
-    """Write a value as indented JSON, whole or not at all."""
-    write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", Path(path))
+    """Write a value as indented JSON, whole or not at all; half a character of a text is escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(text.encode("utf-8", "backslashreplace").decode("utf-8"), Path(path))
 
 
 def write_text(text: str, path: Path) -> None:

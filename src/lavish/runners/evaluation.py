@@ -7,6 +7,7 @@ not asked again. What a run leaves in `run.output_dir`:
     config.yaml       the merged recipe; another one is refused in the same folder
     results.jsonl     a line a sample: what was asked, answered, and would have been right, and its score
     metrics.json      the metrics with confidence intervals, and a record of what was measured with what
+    inputs.json       marks of data and weights: answers of other ones are refused;  model.json: how it was asked
     statistics.json   what `lavish evaluate --compare` needs
     report.html       pictures, questions, answers, the worst cases
     result/           the results in LAVIS's form;  result_leaderboard_<split>.json: of one without ground truth
@@ -38,12 +39,14 @@ from lavish import __version__
 from lavish.checkpoints.placement import resolve_device
 from lavish.common import dist
 from lavish.common.config import Config, write_json
-from lavish.common.errors import ConfigError, DataError
+from lavish.common.errors import ConfigError, DataError, MediaError, PromptError
 from lavish.common.registry import registry
-from lavish.datasets.datasets.base_dataset import BaseDataset
+from lavish.datasets.datasets.annotations import need, read_json
+from lavish.datasets.datasets.base_dataset import BaseDataset, present
 from lavish.inference.load import load
 from lavish.inference.sample_model import SampleModel
 from lavish.processors.base_processor import BaseProcessor
+from lavish.runners.evaluation_inputs import check_inputs, inputs_of
 from lavish.runners.evaluation_recipe import (
     begin_folder,
     chat_section,
@@ -55,9 +58,10 @@ from lavish.runners.evaluation_recipe import (
     splits_of,
 )
 from lavish.runners.evaluation_report import write_report
-from lavish.runners.evaluation_rows import Row, Rows, keys_of, line_of, results_of, rows_of
+from lavish.runners.evaluation_rows import HALVES, Row, Rows, keys_of, line_of, results_of, rows_of
 from lavish.runners.evaluation_summary import (
     METRICS_FILE,
+    MODEL_FILE,
     RESULT_FOLDER,
     STATISTICS_FILE,
     SplitResult,
@@ -107,6 +111,7 @@ def evaluate(cfg: Config, *, force: bool = False, progress: Progress | None = No
         dist.on_main(lambda: begin_folder(cfg, rows, force=force))
         started = time.perf_counter()
         job = Job(cfg, run, task, device, rows, progress)
+        dist.on_main(lambda: check_inputs(inputs_of(cfg, job.datasets), rows, force=force))
         job.answer()
         dist.wait_for_all()
         job.finish(evaluation, started)
@@ -166,6 +171,8 @@ class Job:
         if self._model is None:
             made = self._load() if self.is_chat else self.task.build_model(self.cfg).to(self.device)
             self._model = made.eval()
+            if dist.is_main():
+                write_json(model_record(self._model), self.rows.folder / MODEL_FILE)
         return self._model
 
     def _load(self) -> nn.Module:
@@ -221,13 +228,21 @@ class Job:
     @torch.no_grad()
     def _ask(self, name: str, split: str, dataset: Any, batches: list[list[int]]) -> None:
         path = self.rows.part(dist.rank())
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors=HALVES) as file:
             for indices, samples in zip(batches, self._loader(dataset, batches), strict=True):
                 torch.manual_seed(self.run.seed * 1_000_003 + indices[0])  # drawn answers too are those of one process
-                results = self.task.valid_step(model=self.model, samples=to_device(samples, self.device))
+                results = self._step(f"{name}/{split}", indices, samples)
                 file.write("".join(map(line_of, rows_of(name, split, indices, results))))
                 file.flush()
                 self._tell(len(indices) * dist.world_size())
+
+    def _step(self, name: str, indices: Sequence[int], samples: Any) -> list[Any]:
+        """Answer one batch; what is wrong with it is told with its place in the data."""
+        try:
+            return self.task.valid_step(model=self.model, samples=to_device(samples, self.device))
+        except (DataError, MediaError, PromptError) as error:
+            where = f"sample {indices[0]}" if len(indices) == 1 else f"samples {indices[0]} to {indices[-1]}"
+            raise type(error)(f"{name}, {where}: {error}") from error
 
     def _tell(self, count: int) -> None:
         self._done = min(self._done + count, self._total)
@@ -271,7 +286,13 @@ class Job:
     def _measure(self, task: ScoredTask, result: SplitResult, results: list[Any], dataset: Any) -> None:
         kept = results if result.name in self.whole else task.unique(results)
         result.scores, result.metrics = task.finish_split(kept, result.split, "best")
-        self._note_scores(result, dataset)
+        if result.scores and len(kept) < len(results):
+            result.scores.notes.append(
+                f"{len(results) - len(kept)} of {len(results)} results are not scored: their {task.result_id} is that "
+                "of an earlier one."
+            )
+        taken = {id(one) for one in kept}
+        self._note_scores(result, dataset, [row for row in result.rows if id(row.get("result")) in taken])
 
     def _check_complete(self, result: SplitResult, count: int) -> None:
         """Check that every sample of a split has one row.
@@ -286,11 +307,11 @@ class Job:
             raise DataError(
                 f"{self.rows.folder}: {result.name} has {count} samples; {len(absent)} have no result"
                 f"{f', first sample {absent[0]}' if absent else ''}, and {len(beyond)} results are of no sample. Run "
-                "the same command again; with another data set than before, start anew with --force."
+                "the same command again; with another data set than before, set another run.output_dir."
             )
 
-    def _note_scores(self, result: SplitResult, dataset: Any) -> None:
-        """Put question, reference and score beside each answer."""
+    def _note_scores(self, result: SplitResult, dataset: Any, scored: list[Row]) -> None:
+        """Put the question beside each answer, and reference and score beside each that was scored."""
         scores = result.scores
         records = getattr(dataset, "annotation", None)  # data sets of one's own may keep none
         for row in result.rows:
@@ -299,9 +320,9 @@ class Job:
             if question is not None:
                 row["question"] = question
         measure = scores.measures.get(scores.headline) if scores else None
-        if scores is None or measure is None or len(measure.stats) != len(result.rows):
+        if scores is None or measure is None or len(measure.stats) != len(scored):
             return
-        for row, reference, value in zip(result.rows, scores.references, measure.per_sample, strict=True):
+        for row, reference, value in zip(scored, scores.references, measure.per_sample, strict=True):
             row |= {"reference": reference, "score": float(value)}
 
     def _write(self, evaluation: Evaluation, started: float) -> None:
@@ -337,11 +358,8 @@ class Job:
                 "python": platform.python_version(),
             },
         }
-        if self._model is not None:
-            record["dtype"] = str(next(self._model.parameters()).dtype).removeprefix("torch.")
-        if isinstance(self._model, ChatModel):
-            record["asked"] = {name: asdict(ask) for name, ask in self._model.asks.items()}
-        return record
+        path = self.rows.folder / MODEL_FILE
+        return record | (read_json(path) if path.is_file() else {})  # it is there, whichever run asked the model
 
     def _pictures(self, result: SplitResult) -> Callable[[Row], Any]:
         """Give the function that opens the picture of a row, as it is in its file."""
@@ -359,6 +377,16 @@ class Job:
         return open_picture
 
 
+def model_record(model: nn.Module) -> dict[str, Any]:
+    """Give what the record of a run says of its model: dtype, and how a chat model is asked."""
+    record: dict[str, Any] = {}
+    if (first := next(model.parameters(), None)) is not None:
+        record["dtype"] = str(first.dtype).removeprefix("torch.")
+    if isinstance(model, ChatModel):
+        record["asked"] = {name: asdict(ask) for name, ask in model.asks.items()}
+    return record
+
+
 class _Loader:
     """A loader that knows its data set, as LAVIS's retrieval models ask."""
 
@@ -374,8 +402,8 @@ class _Loader:
 
 def as_lists(samples: Sequence[Any]) -> dict[str, list[Any]]:
     """Make a batch of lists: pictures stay pictures, each of its own size."""
-    kept = [sample for sample in samples if sample is not None]
-    return {key: [sample[key] for sample in kept] for key in kept[0]}
+    kept = present(samples)
+    return {key: [need(sample, key) for sample in kept] for key in kept[0]}
 
 
 def _place(row: Row) -> int:

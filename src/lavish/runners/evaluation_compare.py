@@ -95,7 +95,8 @@ def _answer(row: Row) -> str:
     """Give what was answered, in one line."""
     result = row["result"]
     given = next((result[name] for name in ANSWERS if name in result), result) if isinstance(result, dict) else result
-    return " ".join(str(given).split())
+    text = str(given).encode("utf-8", "replace").decode("utf-8")  # half a character cannot be printed
+    return " ".join(text.split())
 
 
 def _compare(split: str, metric: str, first: Measure, second: Measure) -> Compared:

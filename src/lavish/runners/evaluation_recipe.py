@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,9 @@ from lavish.common.config import Config
 from lavish.common.errors import ConfigError
 from lavish.common.registry import registry
 from lavish.datasets.builders.base_dataset_builder import SPLITS
+from lavish.runners.evaluation_report import REPORT_FILE
 from lavish.runners.evaluation_rows import Rows
+from lavish.runners.evaluation_summary import METRICS_FILE, MODEL_FILE, RESULT_FOLDER, STATISTICS_FILE
 from lavish.runners.schema import RunConfig, lavis_run_config
 from lavish.tasks import setup_task
 from lavish.tasks.base_task import BaseTask
@@ -153,7 +156,8 @@ def begin_folder(cfg: Config, rows: Rows, *, force: bool) -> None:
     if path.exists():
         before, now = recipe_of(configs.load_yaml(path)), recipe_of(cfg.get_config())
         changed = sorted(key for key in before | now if before.get(key) != now.get(key))
-        if changed and not force:
+        is_used = bool(rows.read()) or (rows.folder / METRICS_FILE).exists()  # a run that failed early left nothing
+        if changed and is_used and not force:
             shown = "; ".join(
                 f"{key}: {before.get(key, 'not set')!r} -> {now.get(key, 'not set')!r}" for key in changed
             )
@@ -162,8 +166,19 @@ def begin_folder(cfg: Config, rows: Rows, *, force: bool) -> None:
                 "anew with --force, which deletes them."
             )
         if changed:
-            rows.clear()
+            clear_folder(rows)
     configs.save(cfg.get_config(), path)
+
+
+def clear_folder(rows: Rows) -> None:
+    """Delete what an evaluation left in its folder, metrics first: a folder without them is no finished one."""
+    folder = rows.folder
+    for name in (METRICS_FILE, STATISTICS_FILE, REPORT_FILE, MODEL_FILE, "evaluate.txt"):
+        (folder / name).unlink(missing_ok=True)
+    rows.clear()
+    for path in folder.glob(f"{RESULT_FOLDER}_leaderboard_*.json"):
+        path.unlink()
+    shutil.rmtree(folder / RESULT_FOLDER, ignore_errors=True)
 
 
 def recipe_of(config: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], splits: Sequence[tupl
     )
     path = folder / REPORT_FILE
     partial = path.with_name(f"{REPORT_FILE}.partial")
-    partial.write_text(page, encoding="utf-8")
+    partial.write_text(page, encoding="utf-8", errors="replace")  # half a character, as annotations may hold it
     partial.replace(path)
     return path
 

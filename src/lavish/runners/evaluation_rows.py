@@ -7,7 +7,7 @@ set and `result` what the task gave; or "indices" and "results" where a task giv
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import logging
 import os
@@ -19,10 +19,21 @@ from typing import Any
 
 from lavish.common.errors import ConfigError, DataError
 
+try:
+    import fcntl
+except ImportError:  # Windows has none; there nothing keeps two runs out of one folder
+    fcntl = None
+
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE, LOCK_FILE = "results.jsonl", ".lock"
 PART = "results.part-*.jsonl"
+NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
+"""What file systems without locks answer; there nothing keeps two runs out of one folder."""
+LINE_ENDS = {ord(mark): json.dumps(mark)[1:-1] for mark in "\x85\u2028\u2029"}
+"""Marks that end a line for some readers and not in JSON lines: escaped, as JSON can."""
+HALVES = "backslashreplace"
+"""How half a character, as annotations may hold it, is written: as JSON escapes it."""
 Row = dict[str, Any]
 Key = tuple[str, str, int]
 
@@ -57,7 +68,7 @@ class Rows:
     def write(self, rows: Sequence[Row]) -> None:
         """Write all rows, whole or not at all, and remove the parts."""
         partial = self.path.with_name(f"{RESULTS_FILE}.partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8", errors=HALVES) as file:
             file.writelines(line_of(row) for row in rows)
             file.flush()
             os.fsync(file.fileno())
@@ -80,11 +91,15 @@ class Rows:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(
                     f"{self.folder}: another run is writing here. Wait for it, or set another run.output_dir."
                 ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
             yield
 
 
@@ -114,7 +129,7 @@ def line_of(row: Row) -> str:
         DataError: a result that is no plain value.
     """
     try:
-        return json.dumps(row, ensure_ascii=False) + "\n"
+        return json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n"
     except TypeError as error:
         raise DataError(f"A task's results are plain values (texts, numbers, lists, dicts); {error}.") from error
 

@@ -10,7 +10,7 @@ from lavish.tasks.base_task import BaseTask
 from lavish.tasks.metrics.measure import Measure
 from lavish.tasks.scored_task import ScoredTask, Scores
 
-METRICS_FILE, STATISTICS_FILE = "metrics.json", "statistics.json"
+METRICS_FILE, STATISTICS_FILE, MODEL_FILE = "metrics.json", "statistics.json", "model.json"
 RESULT_FOLDER = "result"
 
 

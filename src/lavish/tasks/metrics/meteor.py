@@ -70,6 +70,7 @@ def meteor(predictions: Sequence[Words], references: Sequence[Sequence[Words]], 
         stderr=subprocess.DEVNULL,
         text=True,
         encoding="utf-8",
+        errors="replace",
     )
     with process:
         assert process.stdin is not None and process.stdout is not None  # noqa: PT018 - by PIPE
