@@ -125,7 +125,7 @@ class MiniGPT4Qwen(BaseModel):
         fields = {name: value for name, value in section.items() if name not in KEYS}
         network, processor = _load(local_file(trained) if trained else None, section, fields, tokenizer)
         if section.get("use_grad_checkpoint"):
-            network.gradient_checkpointing_enable()
+            network.activation_checkpointing_enable()
         _freeze(network, section)
         return cls(network, processor, int(section.get("max_txt_len", 512)))
 
