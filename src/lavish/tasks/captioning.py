@@ -16,6 +16,7 @@ from torch import nn
 from lavish.common.errors import DataError, MissingDependency
 from lavish.datasets.datasets.annotations import read_json
 from lavish.tasks.metrics.captions import bleu, cider, rouge_l
+from lavish.tasks.metrics.measure import mean_of
 from lavish.tasks.metrics.meteor import find_jar, meteor
 from lavish.tasks.metrics.ptb import tokenize
 from lavish.tasks.scored_task import ScoredTask, Scores, ids_of, method_of, records_by_instance
@@ -24,7 +25,7 @@ GENERATION = ("use_nucleus_sampling", "num_beams", "top_p", "temperature", "repe
 
 
 class CaptionTask(ScoredTask):
-    """`captioning`: `agg_metrics` is CIDEr + Bleu_4, as fractions."""
+    """`captioning`: `agg_metrics` is CIDEr + Bleu_4, as fractions; `exact_match` is in percent."""
 
     result_id = "image_id"
 
@@ -48,7 +49,11 @@ class CaptionTask(ScoredTask):
         references = self.references(results, dataset, split_name)
         if references is None:
             return None
-        return score_captions([one["caption"] for one in results], references)
+        captions = [one["caption"] for one in results]
+        scores = score_captions(captions, references)
+        exact = [float(tokenize(one) in map(tokenize, refs)) for one, refs in zip(captions, references, strict=True)]
+        scores.measures["exact_match"] = mean_of(exact, 100)
+        return scores
 
     def references(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> list[list[str]] | None:
         """Give the references of each result; None where there are none.

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lavish.checkpoints.json_file import read_object
 from lavish.checkpoints.rules import Rule
-from lavish.common.errors import ConfigError, DataError, did_you_mean, shown
+from lavish.common.errors import ConfigError, DataError, check_path, did_you_mean, shown
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
 from lavish.models.blip.beam_search import Rules
-from lavish.models.blip.config import ARCHITECTURES, TOP_LEVEL
+from lavish.models.blip.config import ARCHITECTURES, TOP_LEVEL, read_med_config
 from lavish.models.blip.opening import Wanted, new_network, open_network
 from lavish.models.blip.processor import BlipProcessor
 from lavish.models.blip.weights import RULES
@@ -25,7 +26,7 @@ from lavish.models.blip.weights import RULES
 SECTION_KEYS = (
     *TOP_LEVEL,
     *("arch", "model_type", "pretrained", "finetuned", "load_pretrained", "load_finetuned"),
-    *("prompt", "max_txt_len", "image_size", "embed_dim", "vit_drop_path_rate", "tokenizer"),
+    *("prompt", "max_txt_len", "image_size", "embed_dim", "vit_drop_path_rate", "tokenizer", "med_config_path"),
 )
 """What a `model` section may hold."""
 
@@ -239,8 +240,15 @@ def _released(section: Mapping[str, Any]) -> str | None:
 
 
 def _fields(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the config fields of a section; three of them have short forms in LAVIS."""
+    """Give the config fields of a section; three of them have short forms in LAVIS, and the text's may be in a file.
+
+    Raises:
+        ConfigError: `med_config_path` is no path.
+        CheckpointError: no JSON object is there.
+    """
     fields = {name: section[name] for name in TOP_LEVEL if name in section}
+    if section.get("med_config_path") is not None:
+        fields["text_config"] = {**(fields.get("text_config") or {}), **_med_fields(section["med_config_path"])}
     vision = dict(fields.get("vision_config") or {})
     for name, target in (("image_size", "image_size"), ("vit_drop_path_rate", "drop_path_rate")):
         if name in section:
@@ -250,3 +258,9 @@ def _fields(section: Mapping[str, Any]) -> dict[str, Any]:
     if "embed_dim" in section:
         fields["image_text_hidden_size"] = section["embed_dim"]
     return fields
+
+
+def _med_fields(path: Any) -> dict[str, Any]:
+    """Read a LAVIS med_config.json."""
+    check_path(path, "model.med_config_path")
+    return read_med_config(read_object(Path(path).expanduser()))
