@@ -14,6 +14,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+from warm import run
 
 import lavish
 
@@ -58,25 +59,28 @@ def commands(block: Block) -> str:
 
 
 def runnable() -> list:
-    return [pytest.param(block, id=str(block)) for page in PAGES for block in blocks(page) if block.is_run]
+    """Give the blocks to run; the Chinese README has those of the English one, as a test below sees to."""
+    pages = [page for page in PAGES if page != READMES[1]]
+    return [pytest.param(block, id=str(block)) for page in pages for block in blocks(page) if block.is_run]
 
 
 @pytest.mark.parametrize("block", runnable())
 def test_marked_blocks_run(block: Block, tmp_path: Path) -> None:
     for name in ("src", "benchmarks", "projects"):
         (tmp_path / name).symlink_to(ROOT / name)
-    interpreters = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    answer = subprocess.run(
-        [*interpreters[block.language], block.code],
-        cwd=tmp_path,
-        env=environment,
-        input="What color is the star?\nstop\n",
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    if block.language == "python":
+        answer = run("-c", block.code, cwd=tmp_path)
+    else:
+        answer = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.code],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            input="What color is the star?\nstop\n",
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=120,
+        )
     assert answer.returncode == 0, f"{block}:\n{answer.stdout}\n{answer.stderr}"
     assert answer.stdout or list(tmp_path.glob("*.png")), "it neither printed nor drew anything"
 

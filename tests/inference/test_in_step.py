@@ -1,14 +1,12 @@
 """One process asks and another computes along: the same answers, also after an answer that was cut short."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from in_step_program import answers
+from warm import run_together
 
 import lavish
 from lavish.inference.in_step import undisturbed
@@ -18,13 +16,7 @@ PROGRAM = Path(__file__).with_name("in_step_program.py")
 
 def test_answers_stay_in_step_after_an_interruption(v2, tmp_path: Path) -> None:
     picture, told = v2.image("square.png"), tmp_path / "told.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(PROGRAM)]
-    done = subprocess.run(
-        [*command, str(v2.folder), str(picture), str(told)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_together(2, PROGRAM, v2.folder, picture, told)
     assert done.returncode == 0, done.stderr
     found = json.loads(told.read_text())
     alone = answers(lavish.load(v2.folder, device="cpu"), str(picture))

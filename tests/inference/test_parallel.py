@@ -1,9 +1,6 @@
 """Tensor parallelism: several processes give what one gives, each holds a share, and none runs alone unasked."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tolerance import LOGITS_APART, close
+from warm import run_together
 
 import lavish
 from lavish.checkpoints import hf
@@ -26,13 +24,7 @@ class Run:
     """What the processes of one run wrote down."""
 
     def __init__(self, release, size: int, folder: Path):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone"]
-        done = subprocess.run(
-            [*command, str(PROGRAM), release.name, str(folder)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        done = run_together(size, PROGRAM, release.name, folder)
         assert done.returncode == 0, done.stderr
         self.release, self.size = release, size
         self.tensors = [load_file(folder / f"{rank}.safetensors") for rank in range(size)]

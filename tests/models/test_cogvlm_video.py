@@ -4,9 +4,6 @@ and the image model where the two must agree.
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tolerance import PIXELS, SAME_MATH, close
 from transformers import DynamicCache
+from warm import run_together
 
 import lavish
 from lavish.checkpoints.writer import save_sharded
@@ -341,13 +339,7 @@ def golden_vlm():
 def test_two_processes_give_what_one_gives(folder, vlm, tmp_path):
     """Its layers have no image experts: the plan of the image model finds what there is to cut."""
     program = Path(__file__).with_name("cogvlm_video_program.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(program), str(folder), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_together(2, program, folder, tmp_path)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         logits = vlm.model(**vlm.processor.apply_chat_template(messages(frames(3)))).logits

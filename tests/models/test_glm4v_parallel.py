@@ -1,8 +1,5 @@
 """GLM-4V-9B shared among processes: fused projections cut inside q, k, v and inside gate and up."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 from glm4v_fixture import CHECKPOINT, config, conversations, inputs
 from safetensors.torch import load_file
 from tolerance import GLM4V
+from warm import run_together
 
 import lavish
 from lavish.models.glm4v_9b.model import Glm4v9bForCausalLM
@@ -36,13 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_shares_give_the_whole_network_s_answers(folder, size, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone"]
-    done = subprocess.run(
-        [*command, str(PROGRAM), str(folder), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_together(size, PROGRAM, folder, tmp_path)
     assert done.returncode == 0, done.stderr
     alone = lavish.load(folder)
     batch = inputs("multi_turn", "single_image", "text_only")

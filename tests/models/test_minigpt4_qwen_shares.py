@@ -1,14 +1,12 @@
 """MiniGPT4-Qwen on several processes: the released answers from shares of the weights."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from minigpt4_qwen_fixture import chats, processor, shared_network
 from tolerance import SAME_MATH, close
+from warm import run_together
 
 from lavish.checkpoints.rules import matches
 from lavish.models.minigpt4_qwen.weights import TENSOR_PARALLEL_PLAN
@@ -16,12 +14,8 @@ from lavish.models.minigpt4_qwen.weights import TENSOR_PARALLEL_PLAN
 
 @pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_shares_answer_as_the_whole(tmp_path, num_processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     program = Path(__file__).parent / "minigpt4_qwen_shares.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    run = subprocess.run(
-        [*command, str(program), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240
-    )
+    run = run_together(num_processes, program, tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     whole = {name: parameter.nbytes for name, parameter in shared_network().named_parameters()}
     for rank in range(num_processes):

@@ -1,9 +1,6 @@
 """A run shared out among processes: that it is shared at all, and that it gives what one process gives."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tolerance import BIGGER_BATCH
 from toy_task import config, runner
+from warm import run_together
 
 from lavish.common import dist
 from lavish.common.errors import ConfigError
@@ -20,11 +18,7 @@ PROGRAM = str(Path(__file__).with_name("toy_task.py"))
 
 def run_on_two(folder: Path, num_steps: int, **changes) -> list[dict]:
     """Run the toy on two processes; give what each of them trained on."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    arguments = [PROGRAM, str(folder), str(num_steps), "0", json.dumps(changes)]
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = run_together(2, PROGRAM, folder, num_steps, 0, json.dumps(changes))
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return sorted(told, key=lambda line: line["rank"])

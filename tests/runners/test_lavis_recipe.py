@@ -1,7 +1,6 @@
 """A recipe of LAVIS runs unchanged: what it trains, validates and writes, how it goes on, and what it refuses."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import tiny_lavis
 import torch
 from torch import nn
+from warm import run_together
 
 from lavish.cli import main
 from lavish.common.config import Config
@@ -396,13 +396,16 @@ def test_evaluate_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [line["split"] for line in lines(tmp_path / "validations.jsonl")] == ["val"]
 
 
-def torchrun(folder: Path, processes: int, **keys: Any) -> Path:
+def trained(folder: Path, processes: int, *, by_torchrun: bool = False, **keys: Any) -> Path:
     """Run the tiny recipe by the command line, eight samples, without dropout; give its output folder."""
     folder.mkdir()
     path = tiny_lavis.write(folder, tiny_lavis.caption_recipe(folder, dropout=0.0, count=8, **keys))
-    start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
-    command = [sys.executable, "-m", *start, "lavish", "train", "--cfg-path", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = ["-m", "lavish", "train", "--cfg-path", str(path)]
+    if by_torchrun:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run([*start, *command], capture_output=True, text=True)
+    else:
+        done = run_together(processes, *command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"run: {folder / 'out'}") == 1, "one process talks"
     return folder / "out"
@@ -411,8 +414,8 @@ def torchrun(folder: Path, processes: int, **keys: Any) -> Path:
 def test_two_processes_of_torchrun_give_what_one_gives(tmp_path: Path) -> None:
     """Each has its own batches: two with one pass each equal one with two, at every of twenty steps."""
     keys = {"max_epoch": 10, "valid_splits": [], "test_splits": [], "save_freq": 10}
-    one = torchrun(tmp_path / "one", 1, accum_grad_iters=2, **keys)
-    two = torchrun(tmp_path / "two", 2, **keys)
+    one = trained(tmp_path / "one", 1, accum_grad_iters=2, **keys)
+    two = trained(tmp_path / "two", 2, by_torchrun=True, **keys)
     losses = [[line["loss"] for line in lines(out / "log.jsonl")] for out in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert len(losses[0]) == 20
@@ -422,8 +425,8 @@ def test_processes_that_share_weights_validate_as_one(tmp_path: Path) -> None:
     """Three held-out pictures and two processes: scores, best checkpoint and what the run leaves are those of one."""
     rate = 1e-6
     keys = {"max_epoch": 1, "init_lr": rate, "sample_generations": 2}
-    one = torchrun(tmp_path / "one", 1, accum_grad_iters=2, **keys)
-    two = torchrun(tmp_path / "two", 2, engine="fsdp2", **keys)
+    one = trained(tmp_path / "one", 1, accum_grad_iters=2, **keys)
+    two = trained(tmp_path / "two", 2, engine="fsdp2", **keys)
     assert lines(two / "samples.jsonl") == lines(one / "samples.jsonl")
     assert lines(two / "validations.jsonl") == lines(one / "validations.jsonl")
     for name in ("checkpoint_best.pth", "checkpoint_last.pth"):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tolerance import GPT_DIALOGUE_LOSS, ROUNDING
+from warm import run_together
 
 from lavish.common.errors import ConfigError, DataError
 from lavish.common.registry import registry
@@ -133,16 +132,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     """LAVIS reports the mean of each process's own losses."""
     (tmp_path / "program.py").write_text(PROGRAM)
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     places = (root / "src", root / "tests", root / "tests" / "tasks")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places)), "CUDA_VISIBLE_DEVICES": ""}
-    found = subprocess.run(
-        [*command, str(tmp_path / "program.py"), str(Path(__file__).parent)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, places)), "CUDA_VISIBLE_DEVICES": ""}
+    found = run_together(2, tmp_path / "program.py", Path(__file__).parent, environment=environment)
     assert found.returncode == 0, found.stderr
     rows = sorted(json.loads(line) for line in found.stdout.splitlines())
     alone = retrieve(range(3))
