@@ -36,7 +36,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lavish import __version__
-from lavish.checkpoints.placement import resolve_device
 from lavish.common import dist
 from lavish.common.config import Config, write_json
 from lavish.common.errors import ConfigError, DataError, MediaError, PromptError
@@ -46,6 +45,7 @@ from lavish.datasets.datasets.base_dataset import BaseDataset, present
 from lavish.inference.load import load
 from lavish.inference.sample_model import SampleModel
 from lavish.processors.base_processor import BaseProcessor
+from lavish.runners.device import device_of
 from lavish.runners.evaluation_inputs import check_inputs, inputs_of
 from lavish.runners.evaluation_recipe import (
     begin_folder,
@@ -122,7 +122,7 @@ def start_processes(run: RunConfig) -> torch.device:
     """Join the processes of torchrun, and give the device of this one."""
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
-    device = resolve_device(run.device)
+    device = device_of(run)
     if device.type == "cuda" and device.index is None and dist.world_size() > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

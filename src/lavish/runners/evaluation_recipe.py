@@ -14,12 +14,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lavish.checkpoints.placement import resolve_device
 from lavish.common import config as configs
 from lavish.common.config import Config
 from lavish.common.errors import ConfigError
 from lavish.common.registry import registry
 from lavish.datasets.builders.base_dataset_builder import SPLITS
+from lavish.runners.device import device_of
 from lavish.runners.evaluation_report import REPORT_FILE
 from lavish.runners.evaluation_rows import Rows
 from lavish.runners.evaluation_summary import METRICS_FILE, MODEL_FILE, RESULT_FOLDER, STATISTICS_FILE
@@ -96,7 +96,7 @@ def check(cfg: Config) -> tuple[RunConfig, BaseTask]:
         registry.get_model_class(section.arch)
     for name, dataset in evaluated_only(cfg, splits_of(run)).datasets_cfg.items():
         registry.get_builder_class(str(name))(dataset).check()
-    resolve_device(run.device)
+    device_of(run)
     return run, task
 
 

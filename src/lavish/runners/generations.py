@@ -58,7 +58,7 @@ def answer(task: BaseTask, model: nn.Module, dataset: Any, run: RunConfig, devic
     indices = range(min(run.sample_generations, len(dataset)))
     was_training = model.training
     model.eval()
-    with own_randomness(run.seed), torch.no_grad():
+    with own_randomness(run.seed, device), torch.no_grad():
         task.before_evaluation(model=model, dataset=dataset)
         samples = [dataset[index] for index in indices]
         answers: list[Any] = []

@@ -37,7 +37,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavish import __version__
 from lavish.checkpoints import hub
-from lavish.checkpoints.placement import resolve_device
 from lavish.common import config as configs
 from lavish.common import dist
 from lavish.common.config import Config
@@ -45,6 +44,7 @@ from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
 from lavish.common.registry import registry
 from lavish.inference.load import POCKET, load
 from lavish.models.base_model import BaseModel
+from lavish.runners.device import device_of
 from lavish.runners.parts import parts_of
 from lavish.runners.report import write_report
 from lavish.runners.runner_base import Progress, RunnerBase
@@ -193,7 +193,7 @@ def setup_task(config: DictConfig | Config) -> BaseTask:
     run = run_config(config)
     registry.get_runner_class(run.runner)
     registry.get_lr_scheduler_class(run.lr_sched)
-    resolve_device(run.device)
+    device_of(run)
     if not run.task:
         raise ConfigError("The recipe has no run.task; name one, for example `run: {task: scenes}`.")
     return registry.get_task_class(run.task).setup_task(config)

@@ -24,18 +24,19 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lavish.checkpoints.placement import resolve_device
 from lavish.common import config as configs
 from lavish.common import dist
 from lavish.common.errors import ConfigError, TrainingError
 from lavish.common.registry import registry
 from lavish.datasets.datasets.base_dataset import ConcatDataset
-from lavish.runners import generations, pth
+from lavish.runners import generations, pth, task_loop
 from lavish.runners.average import WeightAverage
 from lavish.runners.board import Board
+from lavish.runners.device import device_of
 from lavish.runners.engines import build_engine, checkpoint_activations
+from lavish.runners.held_out import HeldOutLoader
 from lavish.runners.optim import build_optimizer, build_schedule
 from lavish.runners.order import (
     NUM_TARGETS,
@@ -97,7 +98,7 @@ class RunnerBase:
         self.parts = self._training_sets()
         self.dataset: TrainingData = self._joined()
         _check_processes(run)
-        self.device = resolve_device(run.device)
+        self.device = device_of(run)
         dist.start(self.device.type)
         if run.num_threads:
             torch.set_num_threads(run.num_threads)
@@ -244,6 +245,9 @@ class RunnerBase:
             self._train()
 
     def _train(self) -> None:
+        loop = task_loop.own_loop(self.task, counts_epochs=self.counts_epochs)
+        if loop is not None:
+            task_loop.check(self.task, loop, self.run)
         set_rates = build_schedule(self.optimizer, self.run, self.num_steps, self.steps_per_epoch)
         state = self._load()
         dist.wait_for_all()  # before the first of them writes
@@ -252,12 +256,15 @@ class RunnerBase:
         self.task.before_training(model=self.model, dataset=self.datasets)
         step_module = cast(nn.Module, torch.compile(self.called)) if self.run.compile else self.called
         batches = self._batches()
-        if state is not None:  # not earlier: making the loader draws from torch's generator
+        if state is not None:
             self._restore_random_states(state)
             self._after_epoch()  # a validation that the run was killed in
         else:
             self._show_answers(epoch="before")
         self.model.train()
+        if loop is not None:
+            self._train_by_task(set_rates)
+            return
         started, cpu_started = time.perf_counter(), time.process_time()
         while self.step < self.num_steps:
             self.lr = lr = set_rates(self.step)
@@ -281,6 +288,51 @@ class RunnerBase:
             self._after_epoch()
         self._finish()
 
+    def _train_by_task(self, set_rates: Callable[[int], float]) -> None:
+        """Let the task make the steps of each epoch (`task_loop.py`)."""
+        rates = task_loop.Rates(set_rates, self.steps_per_epoch, self.num_steps, self.run.accum_grad_iters)
+        started, cpu_started = time.perf_counter(), time.process_time()
+        while self.step < self.num_steps:
+            told = self._epoch_by_task(rates)
+            self.lr = rates.lr
+            losses = {str(name): float(value) for name, value in told.items() if name != "lr"}
+            self._check_finite(losses, [])
+            if self.progress and dist.is_main():
+                self.progress(self.step, self.num_steps, losses)
+            if dist.is_main():
+                self._write_log(losses, self.lr)
+            now, cpu_now = time.perf_counter(), time.process_time()
+            self.seconds += now - started
+            self.cpu_seconds += dist.total(cpu_now - cpu_started)
+            started, cpu_started = now, cpu_now
+            self._save({})
+            self._after_epoch()
+        self._finish()
+
+    def _epoch_by_task(self, rates: task_loop.Rates) -> Mapping[str, Any]:
+        epoch = self.step // self.steps_per_epoch
+        steps = range(self.step, min((epoch + 1) * self.steps_per_epoch, self.num_steps))
+        count = sum(len(self.passes(step)) for step in steps)
+        one = self.optimizer.optimizers[0] if len(self.optimizer.optimizers) == 1 else self.optimizer
+        given = {
+            "model": self.called,
+            "data_loader": task_loop.EpochBatches(self.dataset, self._batches(steps), count),
+            "optimizer": one,
+            "lr_scheduler": rates,
+            "scaler": self.scaler if self.run.amp else None,
+            "cuda_enabled": self.device.type == "cuda",
+            "log_freq": self.run.log_freq,
+            "accum_grad_iters": self.run.accum_grad_iters,
+        }
+        if self.counts_epochs:
+            told = self.task.train_epoch(epoch, **given)
+        else:
+            told = self.task.train_iters(epoch, start_iters=epoch * count, iters_per_inner_epoch=count, **given)
+        if not isinstance(told, Mapping):
+            raise ConfigError(f"{type(self.task).__name__} gave {told!r} of an epoch; a dict of means is expected.")
+        self.step = steps.stop
+        return told
+
     def _train_step(self, model: nn.Module, batches: Iterator[tuple[list[int], dict[str, Any]]]) -> dict[str, float]:
         """Make one optimizer step; give the losses as means over its samples."""
         sums: dict[str, float] = {}
@@ -292,7 +344,7 @@ class RunnerBase:
         with _memory_advice(self.run):
             for number, ((_, samples), share) in enumerate(zip(seen, shares, strict=True)):
                 with self.engine.accumulate(self.called, is_last=number == len(passes) - 1):
-                    losses = self._forward(model, samples)
+                    losses = self._forward(model, self._with_moment(samples, number))
                     self.engine.backward(self.scaler.scale(losses["loss"] * (share * self.engine.loss_scale)))
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
@@ -301,6 +353,15 @@ class RunnerBase:
         if self.average is not None:
             self.average.update()
         return sums
+
+    def _with_moment(self, samples: Any, number: int) -> Any:
+        """Give a batch of a LAVIS recipe with what LAVIS's models read of the moment: momentum models rise by it."""
+        if self.config is None or not isinstance(samples, dict):
+            return samples
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        passes = self.run.accum_grad_iters
+        count = self.steps_per_epoch * passes
+        return {**samples, "epoch": epoch, "num_iters_per_epoch": count, "iters": place * passes + number}
 
     def _shares(self, by_samples: list[float], batches: list[dict[str, Any]]) -> list[float]:
         """Give the share of each pass in the loss of the step: by tokens where its loss is a mean over tokens.
@@ -363,16 +424,18 @@ class RunnerBase:
             dist.add_up([losses])
             sums.update(zip(sums, losses.tolist(), strict=True))
 
-    def _batches(self) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    def _batches(self, steps: range | None = None) -> Iterator[tuple[list[int], dict[str, Any]]]:
         prepare = getattr(self.model, "collator", None)  # chat models have it
         samples = SeededSamples(self.dataset, self.run.seed, prepare)
-        passes = (part for step in range(self.step, self.num_steps) for part, _ in self.passes(step))
+        steps = range(self.step, self.num_steps) if steps is None else steps
+        passes = (part for step in steps for part, _ in self.passes(step))
         loader = DataLoader(
             cast(Dataset[Any], samples),
             batch_sampler=cast(Any, Passes(self.order(), passes)),
             num_workers=self.run.num_workers,
             collate_fn=samples.collate,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.run.seed),  # a loader draws, and not of the noise of training
         )
         return map(_unwrapped, iter(loader))
 
@@ -466,15 +529,10 @@ class RunnerBase:
         # Processes that share weights compute in step, so each of them scores every sample; results are merged by id.
         is_shared_out = self.run.use_dist_eval_sampler and not self.engine.shares_weights
         own = indices[dist.rank() :: dist.world_size()] if is_shared_out else indices
-        loader = DataLoader(
-            Subset(dataset, own),
-            batch_size=self.run.batch_size_eval,
-            num_workers=self.run.num_workers,
-            collate_fn=dataset.collater,
-        )
+        loader = HeldOutLoader(dataset, own, self.run.batch_size_eval, self.run.num_workers)
         was_training = self.model.training
         self.model.eval()
-        with own_randomness(self.run.seed), torch.no_grad():
+        with own_randomness(self.run.seed, self.device), torch.no_grad():
             self.task.before_evaluation(model=self.model, dataset=dataset)
             results = self.task.evaluation(self.model, loader)
             metrics = self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
@@ -567,7 +625,9 @@ class RunnerBase:
 
     def _log(self, sums: dict[str, float], lr: float) -> None:
         num_steps = (self.step - 1) % self.run.log_freq + 1
-        means = {name: value / num_steps for name, value in sums.items()}
+        self._write_log({name: value / num_steps for name, value in sums.items()}, lr)
+
+    def _write_log(self, means: dict[str, float], lr: float) -> None:
         line = {"step": self.step, "lr": lr, "lr_scale": lr / self.run.init_lr, **means}
         self.folder.log(line)
         if self.board is not None:

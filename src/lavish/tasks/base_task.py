@@ -96,6 +96,103 @@ class BaseTask:
         output = model(samples)
         return output["loss"], {name: value for name, value in output.items() if "loss" in name}
 
+    def train_epoch(
+        self,
+        epoch: int,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: Any,
+        lr_scheduler: Any,
+        scaler: Any = None,
+        cuda_enabled: bool = False,
+        log_freq: int = 50,
+        accum_grad_iters: int = 1,
+    ) -> dict[str, str]:
+        """Train on one epoch of batches; give the means of the rate and of each loss, as LAVIS's texts.
+
+        A runner calls it where a task overrides it; else it makes the steps itself, which can go on at any of them.
+
+        Args:
+            data_loader: batches, with a length.
+            lr_scheduler: with `step(cur_epoch, cur_step)`.
+            scaler: a GradScaler; with one the forward pass runs under autocast, in float16 where it is enabled.
+            cuda_enabled: LAVIS's; batches go where the model is.
+            log_freq: LAVIS's; a runner has a log of its own.
+        """
+        return self._train_inner_loop(
+            epoch,
+            len(data_loader),
+            model,
+            data_loader,
+            optimizer,
+            lr_scheduler,
+            scaler,
+            accum_grad_iters=accum_grad_iters,
+        )
+
+    def train_iters(
+        self,
+        epoch: int,
+        start_iters: int,
+        iters_per_inner_epoch: int,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: Any,
+        lr_scheduler: Any,
+        scaler: Any = None,
+        cuda_enabled: bool = False,
+        log_freq: int = 50,
+        accum_grad_iters: int = 1,
+    ) -> dict[str, str]:
+        """Train on `iters_per_inner_epoch` batches of a loader that may be endless; the rest as `train_epoch`."""
+        return self._train_inner_loop(
+            epoch,
+            iters_per_inner_epoch,
+            model,
+            data_loader,
+            optimizer,
+            lr_scheduler,
+            scaler,
+            start_iters=start_iters,
+            accum_grad_iters=accum_grad_iters,
+        )
+
+    def _train_inner_loop(
+        self,
+        epoch: int,
+        iters_per_epoch: int,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: Any,
+        lr_scheduler: Any,
+        scaler: Any = None,
+        start_iters: int | None = None,
+        log_freq: int = 50,
+        cuda_enabled: bool = False,
+        accum_grad_iters: int = 1,
+    ) -> dict[str, str]:
+        """Make forward passes and steps. Unlike LAVIS's, the passes left at the end make a step, and what is told is
+        the model's own loss."""
+        inner_epoch = epoch if start_iters is None else start_iters // iters_per_epoch
+        device = next(model.parameters()).device
+        dtype = torch.float16 if scaler is not None and scaler.is_enabled() else torch.bfloat16
+        batches, sums = iter(data_loader), {"lr": 0.0}
+        for at in range(iters_per_epoch):
+            samples = to_device(next(batches), device)
+            samples |= {"epoch": inner_epoch, "num_iters_per_epoch": iters_per_epoch, "iters": at}
+            lr_scheduler.step(cur_epoch=inner_epoch, cur_step=at)
+            with torch.autocast(device.type, dtype, enabled=scaler is not None):
+                losses = read_losses(self.train_step(model=model, samples=samples))
+            first = at - at % accum_grad_iters
+            loss = losses["loss"] / min(accum_grad_iters, iters_per_epoch - first)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if (at + 1) % accum_grad_iters == 0 or at + 1 == iters_per_epoch:
+                _step(optimizer, scaler)
+            sums["lr"] += optimizer.param_groups[0]["lr"]
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        return {name: f"{value / iters_per_epoch:.6g}" for name, value in sums.items()}
+
     def valid_step(self, model: nn.Module, samples: dict[str, Any]) -> list[Any]:
         """Give the results of one batch, one for each sample: dicts that hold the sample's id."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it validates; override valid_step().")
@@ -164,6 +261,15 @@ class BaseTask:
 
     def finish(self, model: nn.Module, folder: Path) -> None:
         """Write what a finished run leaves besides its checkpoints; nothing, unless a task has more to give."""
+
+
+def _step(optimizer: Any, scaler: Any) -> None:
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
 
 
 def read_losses(output: Any) -> dict[str, torch.Tensor]:
