@@ -17,6 +17,7 @@ from lavish.common.errors import DataError
 from lavish.tasks.captioning import score_captions
 from lavish.tasks.metrics.language import perplexity
 from lavish.tasks.metrics.measure import mean_of
+from lavish.tasks.metrics.vqa import is_one_of
 from lavish.tasks.scored_task import ScoredTask, Scores, method_of, plain
 
 IGNORE = (-1, -100)
@@ -42,6 +43,8 @@ class LossTask(ScoredTask):
             labels = row.get("labels")
             if isinstance(labels, torch.Tensor):
                 result["num_tokens"] = int(torch.isin(labels, labels.new_tensor(IGNORE), invert=True).sum())
+            elif "num_tokens" in output:  # of a model that makes the labels itself
+                result["num_tokens"] = output["num_tokens"]
             results.append(result)
         return results
 
@@ -79,7 +82,7 @@ class DialogueTask(LossTask):
     """`dialogue`: losses of dialogues about videos; where the recipe says `evaluate: true`, answers too.
 
     LAVIS reads the options of generation and never answers. Answers are scored as captions are, against the one true
-    answer of the record.
+    answer of the record; `exact_match` is the share, in percent, that are it.
     """
 
     def valid_step(self, model: nn.Module, samples: dict[str, Any]) -> list[Any]:
@@ -105,8 +108,10 @@ class DialogueTask(LossTask):
         true = [by_id.get(str(one[self.inst_id_key]), records[at].get("answer")) for at, one in enumerate(results)]
         if not all(isinstance(text, str) for text in true):
             return scores
-        answered = score_captions([one["answer"] for one in results], [[text] for text in true])
-        scores.measures |= answered.measures
+        answers = [one["answer"] for one in results]
+        answered = score_captions(answers, [[text] for text in true])
+        right = [is_one_of(answer, [text]) for answer, text in zip(answers, true, strict=True)]
+        scores.measures |= {"exact_match": mean_of(right, 100), **answered.measures}
         scores.values, scores.notes, scores.references = answered.values, answered.notes, true
         return scores
 

@@ -5,7 +5,7 @@ Source: salesforce/LAVIS, lavis/datasets/datasets/avsd_dialogue_datasets.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class AVSDDialDataset(DialogueDataset):
     def sample(self, index: int) -> dict[str, Any]:
         """Give one turn, with the features of its video."""
         record = self.annotation[index]
-        video = self.vis_processor(self.vis_root, need(record, "image_id"))  # pyright: ignore[reportCallIssue] - of features
+        video = self.video(record)
         return {
             **self.text_processor(record),
             "video_fts": video["video_fts"],
@@ -31,6 +31,10 @@ class AVSDDialDataset(DialogueDataset):
             "image_id": record["image_id"],
             "instance_id": record["instance_id"],
         }
+
+    def video(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the features of a record: `video_fts` and `token_type_ids`."""
+        return self.vis_processor(self.vis_root, need(record, "image_id"))  # pyright: ignore[reportCallIssue] - of features
 
     def collater(self, samples: Sequence[Any]) -> dict[str, Any]:
         """Make a batch: `input_ids`, `token_type_ids`, `labels`, `video_fts`, `attn_mask`, video before text.

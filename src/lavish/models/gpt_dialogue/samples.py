@@ -145,6 +145,11 @@ class GPTDialogue(BaseModel):
         path = local_file(url_or_filename)
         self.network = _filled(self.network.config, _tensors(path), first.dtype, first.device).train(is_training)
 
+    def save_trained(self, folder: Path) -> None:
+        """Put config and tokenizer beside a run's checkpoints, which do not tell the number of heads."""
+        self.network.config.save_pretrained(str(folder))
+        self.processor.save_pretrained(str(folder))
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that lavish loads: config.json, model.safetensors, tokenizer, processor."""
         self.network.save_pretrained(str(folder))
