@@ -38,25 +38,58 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(folder)
 
 
-DEEPSPEED = pytest.param("deepspeed", marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed"))
+needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", DEEPSPEED])
+def zero(stage: int) -> dict:
+    """ZeRO of a stage; 3 shares out even the small weights of the toy."""
+    settings = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
+    return {"engine": "deepspeed", "deepspeed_config": {"zero_optimization": settings}}
+
+
+def whole_bytes(folder: Path) -> int:
+    whole = runner(config(folder / "size", **CHANGES), depth=DEPTH)
+    return sum(parameter.numel() * parameter.element_size() for parameter in whole.model.parameters())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_have_the_losses_of_one(tmp_path: Path, straight: list[float], engine: str) -> None:
     told = shared(tmp_path, 20, engine=engine, lr_sched="constant_lr")
     assert losses(tmp_path) == pytest.approx(straight, rel=1e-5)
     assert len(straight) == 20
-    whole = runner(config(tmp_path / "size", **CHANGES), depth=DEPTH)
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in whole.model.parameters())
+    num_bytes = whole_bytes(tmp_path)
     for kind, times in (("weights", 1), ("optimizer", 2)):
         own = [process["own_bytes"][kind] for process in told]
-        if engine == "deepspeed":
-            continue  # ZeRO-2 keeps its states in tensors of its own
         if engine == "fsdp2":
             assert sum(own) == times * num_bytes, f"{kind}: each element is in one process"
             assert max(own) < 0.75 * times * num_bytes
         else:
             assert own == [times * num_bytes] * 2
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_has_the_losses_of_one(tmp_path: Path, straight: list[float], stage: int) -> None:
+    told = shared(tmp_path, 20, lr_sched="constant_lr", **zero(stage))
+    assert losses(tmp_path) == pytest.approx(straight, rel=1e-5)
+    num_bytes = whole_bytes(tmp_path)
+    for process in told:
+        own = process["own_bytes"]
+        assert own["optimizer"] == pytest.approx(num_bytes, rel=0.05), "half of two states a weight, filled up"
+        assert own["weights"] == (pytest.approx(num_bytes / 2, rel=0.05) if stage == 3 else num_bytes)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_checkpoints_of_deepspeed_go_on_elsewhere(tmp_path: Path, straight: list[float], stage: int) -> None:
+    """One process -> ZeRO -> ZeRO -> DDP -> one process; the losses stay those of the unbroken run."""
+    constant = {"lr_sched": "constant_lr"}
+    alone(tmp_path, 5, **constant)
+    shared(tmp_path, 9, **zero(stage), **constant)
+    shared(tmp_path, 12, **zero(stage), **constant)
+    shared(tmp_path, 15, engine="ddp", **constant)
+    alone(tmp_path, 20, **constant)
+    assert losses(tmp_path) == pytest.approx(straight, rel=1e-5)
 
 
 def test_a_checkpoint_of_one_engine_goes_on_in_another(tmp_path: Path, straight: list[float]) -> None:
@@ -126,12 +159,3 @@ def test_the_runner_of_mpp_is_a_name() -> None:
 def test_muon_needs_whole_matrices(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs them whole; use ddp"):
         FSDP2Engine(config(tmp_path), torch.device("cpu")).prepare(torch.nn.Linear(2, 2))
-
-
-@pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
-def test_deepspeed_goes_on_from_one_process_and_back(tmp_path: Path, straight: list[float]) -> None:
-    constant = {"lr_sched": "constant_lr"}
-    alone(tmp_path, 5, **constant)
-    shared(tmp_path, 10, engine="deepspeed", **constant)
-    alone(tmp_path, 20, **constant)
-    assert losses(tmp_path) == pytest.approx(straight, rel=1e-5)

@@ -115,9 +115,13 @@ def weights(folder: Path) -> dict[str, list]:
 def own_bytes(toy: RunnerBase) -> dict[str, int]:
     """What this process itself holds of weights and of the optimizer's state."""
 
+    def local(tensor: Any) -> Any:
+        if hasattr(tensor, "ds_tensor"):  # a weight of ZeRO-3: empty, with its share beside it
+            return torch.cat([tensor.flatten(), tensor.ds_tensor])
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
     def size(tensors: Iterable[Any]) -> int:
-        own = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
-        return sum(tensor.numel() * tensor.element_size() for tensor in own)
+        return sum(tensor.numel() * tensor.element_size() for tensor in map(local, tensors))
 
     states = [state for one in toy.optimizer.optimizers for state in one.state.values()]
     return {

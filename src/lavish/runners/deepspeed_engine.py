@@ -1,12 +1,14 @@
 """Training by DeepSpeed's ZeRO: 1 shares the optimizer's state, 2 gradients too, 3 weights too (needs `deepspeed`).
 
 Weights and optimizer states are gathered for checkpoints, so that any engine reads them. The optimizer is torch's AdamW
-with the runner's groups; DeepSpeed's own one hangs on CPUs.
+with the runner's groups: DeepSpeed's own compiles an extension when it is made.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import math
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +19,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lavish.common import dist
-from lavish.common.errors import ConfigError, MissingDependency
+from lavish.common.errors import ConfigError, MissingDependency, TrainingError
 from lavish.runners.engines import MODEL_FILE, BuildOptimizer, Engine, Mismatch, check_names, trained
 from lavish.runners.optim import OptimizerGroup
 from lavish.runners.schema import RunConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SHARED_MEMORY = "deepspeed_shm_comm"
 DECIDED_HERE = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -40,8 +43,18 @@ class DeepSpeedOptimizer(OptimizerGroup):
         self.engine = engine
 
     def step(self) -> None:
-        """Update the parameters, and drop the gradients."""
+        """Update the parameters, and drop the gradients.
+
+        Raises:
+            TrainingError: the gradients were no numbers.
+        """
         self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None and not math.isfinite(norm):  # known only now; no checkpoint has taken it over
+            raise TrainingError(
+                f"The norm of the gradients is {float(norm)}: the run diverged. The last checkpoint before it is kept. "
+                "Lower the learning rate, or set run.max_grad_norm, and start with another run.output_dir."
+            )
 
     def zero_grad(self) -> None:
         """Nothing: `step` has dropped them."""
@@ -52,7 +65,7 @@ class DeepSpeedEngine(Engine):
 
     Raises:
         MissingDependency: deepspeed is not installed.
-        ConfigError: settings that cannot be read, or Muon.
+        ConfigError: settings that cannot be read, Muon, or a mean of the weights.
     """
 
     shares_weights = True
@@ -66,6 +79,8 @@ class DeepSpeedEngine(Engine):
             )
         if run.optimizer != "adamw":
             raise ConfigError(f"run.engine deepspeed trains with adamw, not {run.optimizer}; use ddp.")
+        if run.ema_decay:
+            raise ConfigError("run.engine deepspeed keeps no mean of the weights (run.ema_decay); use fsdp2.")
         self.settings = read_settings(run)
         self.called: Any = None
         self.zero: Any = None
@@ -77,6 +92,7 @@ class DeepSpeedEngine(Engine):
         """Give the module to DeepSpeed."""
         import deepspeed  # pyright: ignore[reportMissingImports]
 
+        _leave_out_shared_memory()
         model = model.to(self.device)
         (optimizer,) = build(model).optimizers
         for group in optimizer.param_groups:
@@ -86,6 +102,7 @@ class DeepSpeedEngine(Engine):
             model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
         self.zero, self.moments = wrapped, optimizer
+        atexit.register(_leave)
         return cast(nn.Module, self.called), DeepSpeedOptimizer(self.called, wrapped)
 
     def accumulate(self, module: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
@@ -100,6 +117,15 @@ class DeepSpeedEngine(Engine):
     def clip(self, model: nn.Module, max_norm: float) -> float | None:
         """Nothing: DeepSpeed clips in its step, to `gradient_clipping`."""
         return None
+
+    @property
+    def _is_stage_3(self) -> bool:
+        return hasattr(self.zero, "fp32_partitioned_groups_flat")  # of ZeRO-3's optimizer alone
+
+    def _partitions(self) -> list[torch.Tensor]:
+        """Give this process's shares of the weights in float32, one of each group."""
+        zero = self.zero
+        return list(zero.fp32_partitioned_groups_flat if self._is_stage_3 else zero.single_partition_of_fp32_groups)
 
     # -- whole weights
 
@@ -119,17 +145,36 @@ class DeepSpeedEngine(Engine):
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
 
+    @torch.no_grad()
     def fill(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-        """Put whole weights where each process has its share."""
-        from deepspeed.utils import safe_set_full_fp32_param  # pyright: ignore[reportMissingImports]
+        """Put whole weights where each process has its share: into the weights that compute, and those that learn."""
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,  # pyright: ignore[reportMissingImports]
+            safe_set_local_fp32_param,  # pyright: ignore[reportMissingImports]
+        )
 
         expected = trained(model)
         check_names({name: _whole_shape(one) for name, one in expected.items()}, tensors)
         for name, tensor in tensors.items():
-            if isinstance(expected[name], nn.Parameter):
-                safe_set_full_fp32_param(expected[name], tensor.to(self.device).float())
+            place, whole = expected[name], tensor.to(self.device)
+            if place.shape == whole.shape:  # not where ZeRO-3 has given the weight back
+                place.copy_(whole)
+            if not isinstance(place, nn.Parameter):
+                continue
+            if _is_shared(place):
+                share = _share(place, whole)
+                cast(Any, place).ds_tensor.copy_(share)
+                safe_set_local_fp32_param(place, share.float())
             else:
-                expected[name].copy_(tensor)
+                safe_set_full_fp32_param(place, whole.float())
+
+    def holding(self, model: nn.Module) -> list[torch.Tensor]:
+        """Give what this process holds of the weights that learn: those that compute, and the shares that learn."""
+        held: list[torch.Tensor] = []
+        for tensor in trained(model).values():
+            held.append(tensor)
+            held += [cast(Any, tensor).ds_tensor] if _is_shared(tensor) else []
+        return [*held, *self._partitions()]
 
     @torch.no_grad()
     def make_whole(self, model: nn.Module) -> None:
@@ -148,13 +193,12 @@ class DeepSpeedEngine(Engine):
 
         Trap: ZeRO-1 and -2 link the states of all groups after the step of the first group, when the others have none.
         """
-        is_stage_3 = hasattr(self.zero, "fp32_partitioned_groups_flat")  # of ZeRO-3's optimizer alone
-        partitions = self.zero.fp32_partitioned_groups_flat if is_stage_3 else self.zero.single_partition_of_fp32_groups
+        partitions = self._partitions()
         for partition in partitions:
             if not self.moments.state.get(partition):
                 moments = {kind: torch.zeros_like(partition) for kind in MOMENTS}
                 self.moments.state[partition] = {"step": torch.tensor(0.0), **moments}
-        if not is_stage_3:
+        if not self._is_stage_3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
@@ -180,8 +224,6 @@ class DeepSpeedEngine(Engine):
 
     def load_optimizer(self, model: nn.Module, optimizer: OptimizerGroup, state: dict[str, Any]) -> None:
         """Put a whole state where each process has its share."""
-        from deepspeed.utils import safe_set_full_optimizer_state  # pyright: ignore[reportMissingImports]
-
         self._link_moments()
         (saved,) = state["optimizers"]
         groups = self.groups
@@ -193,10 +235,57 @@ class DeepSpeedEngine(Engine):
                 moments = saved["state"][number]
                 steps = int(moments["step"])
                 for kind in MOMENTS:
-                    safe_set_full_optimizer_state(parameter, moments[kind].to(self.device).float(), kind)
+                    _put_moment(parameter, kind, moments[kind].to(self.device).float())
         for moments in self.moments.state.values():
             moments["step"] = torch.tensor(float(steps))
         self.called.global_steps = steps
+
+
+def _leave() -> None:
+    """Leave the processes of the run, and let go what DeepSpeed holds of them; gloo's threads must not outlive it."""
+    from deepspeed import comm  # pyright: ignore[reportMissingImports]
+
+    if torch.distributed.is_initialized():
+        comm.destroy_process_group()
+
+
+def _leave_out_shared_memory() -> None:
+    """Let DeepSpeed exchange by gloo alone on CPUs.
+
+    Trap: it else compiles an extension when a run starts, which takes a minute and waits for ever for the lock of a
+    build that was killed; and a killed run leaves its segments in shared memory, where the next one waits on them.
+    """
+    from deepspeed.ops import __compatible_ops__  # pyright: ignore[reportMissingImports]
+
+    __compatible_ops__[SHARED_MEMORY] = False
+
+
+def _is_shared(tensor: torch.Tensor) -> bool:
+    """Tell whether a weight is shared out, as ZeRO-3 does."""
+    return hasattr(tensor, "ds_tensor")
+
+
+def _share(place: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Cut this process's share of a weight of ZeRO-3 from a whole tensor, and fill it up with zeros.
+
+    Trap: DeepSpeed's own way to set a whole tensor does not know that the last share may be filled up.
+    """
+    size = int(cast(Any, place).ds_tensor.numel())
+    own = whole.flatten()[size * dist.rank() :][:size]
+    return torch.nn.functional.pad(own, (0, size - own.numel()))
+
+
+def _put_moment(parameter: nn.Parameter, kind: str, whole: torch.Tensor) -> None:
+    """Put a whole state of the optimizer where this process has its share."""
+    from deepspeed.utils import (
+        safe_set_full_optimizer_state,  # pyright: ignore[reportMissingImports]
+        safe_set_local_optimizer_state,  # pyright: ignore[reportMissingImports]
+    )
+
+    if _is_shared(parameter):
+        safe_set_local_optimizer_state(parameter, _share(parameter, whole), kind)
+    else:
+        safe_set_full_optimizer_state(parameter, whole, kind)
 
 
 def _whole_shape(tensor: torch.Tensor) -> torch.Tensor:

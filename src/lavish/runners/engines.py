@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -118,6 +118,19 @@ class Engine:
 
     def settle(self, model: nn.Module) -> None:
         """Let go what a forward pass without a backward pass has gathered; weights may be read and written then."""
+
+    def holding(self, model: nn.Module) -> list[torch.Tensor]:
+        """Give what this process holds of the weights that learn."""
+        return [weight for weight in model.parameters() if weight.requires_grad]
+
+    @contextmanager
+    def kept(self, model: nn.Module) -> Iterator[None]:
+        """Put the weights back that learn, after others were filled in for a while."""
+        before = [tensor.detach().clone() for tensor in self.holding(model)]
+        yield
+        for tensor, value in zip(self.holding(model), before, strict=True):
+            if tensor.shape == value.shape:
+                tensor.detach().copy_(value)
 
     def make_whole(self, model: nn.Module) -> None:
         """Put whole weights into the module of the main process, at the end of a run; all processes call it."""

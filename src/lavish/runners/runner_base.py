@@ -569,19 +569,14 @@ class RunnerBase:
         if self.config is not None and self.run.test_splits:
             done = {line["split"] for line in self.folder.read_validations() if line["epoch"] == "best"}
             if not dist.on_main(lambda: done.issuperset(self.run.test_splits)):
-                last = {name: tensor.detach().clone() for name, tensor in self._trained().items()}
-                self.evaluate(cur_epoch="best" if self.run.valid_splits else self.epoch)
-                for name, tensor in self._trained().items():
-                    tensor.data.copy_(last[name])
+                with self.engine.kept(self.model):
+                    self.evaluate(cur_epoch="best" if self.run.valid_splits else self.epoch)
             if dist.is_main():
                 self._write_lavis_log()
         if self.board is not None:
             self.board.close()
         if dist.is_main():
             self.folder.plot()
-
-    def _trained(self) -> dict[str, torch.Tensor]:
-        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
