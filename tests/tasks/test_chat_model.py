@@ -32,7 +32,7 @@ def test_families(name: str) -> None:
             for image, question in zip(images, questions, strict=True)
         ]
         assert method(samples) == alone
-    assert len(model.choose_answers(samples, [["red", "blue"], ["big", "small"]])) == 2
+    assert len(model.choose(samples, [["red", "blue"], ["big", "small"]])) == 2
     assert set(model.asks) == set(ASKS)
     assert model.asks["vqa"].chat_template == ("vqa" if name == "cogvlm2" else None)
     assert len(model.predict_answers(samples, max_len=1)) == 2

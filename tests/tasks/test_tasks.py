@@ -16,12 +16,13 @@ from warm import run_together
 
 from lavish.common.errors import ConfigError, DataError
 from lavish.common.registry import registry
+from lavish.datasets.formats.choices import put
 from lavish.inference.load import POCKET, load
 from lavish.models.blip.samples import BlipFeatureExtractor, BlipVQA
 from lavish.models.gpt_dialogue.samples import GPTDialogue
 from lavish.tasks import setup_task
 from lavish.tasks.base_task import BaseTask, read_losses, to_device
-from lavish.tasks.chat_model import ChatModel, first_line, put
+from lavish.tasks.chat_model import ChatModel, first_line
 from lavish.tasks.dialogue import DialogueTask, rows_of
 from lavish.tasks.grounding import GroundingTask, target_of
 from lavish.tasks.multimodal_classification import MultimodalClassificationTask
@@ -429,8 +430,11 @@ def test_chat_models_answer_all_kinds(pocket: ChatModel) -> None:
     assert together == alone
     assert len(pocket.generate(samples)) == 2
     assert len(pocket.locate(samples)) == 2
-    chosen = pocket.choose_answers(samples, [["red", "blue"], ["yes", "no"]])
-    assert all(one is None or one in ("red", "blue", "yes", "no") for one in chosen)
+    for place, reply in pocket.choose(samples, [["red", "blue"], ["yes", "no"]]):
+        assert place in (None, 0, 1)
+        assert reply
+    with pytest.raises(DataError, match="27 choices"):
+        pocket.choose(samples, [["x"] * 27, ["y"]])
     with pytest.raises(DataError, match="1 questions and 2 pictures"):
         pocket.predict_answers({"image": images, "text_input": ["one"]})
     with pytest.raises(DataError, match="as they are"):

@@ -41,7 +41,7 @@ from lavish.common.config import Config, write_json
 from lavish.common.errors import ConfigError, DataError, MediaError, PromptError
 from lavish.common.registry import registry
 from lavish.datasets.datasets.annotations import need, read_json
-from lavish.datasets.datasets.base_dataset import BaseDataset, present
+from lavish.datasets.datasets.base_dataset import present
 from lavish.inference.load import load
 from lavish.inference.sample_model import SampleModel
 from lavish.processors.base_processor import BaseProcessor
@@ -59,6 +59,7 @@ from lavish.runners.evaluation_recipe import (
 )
 from lavish.runners.evaluation_report import write_report
 from lavish.runners.evaluation_rows import HALVES, Row, Rows, keys_of, line_of, results_of, rows_of
+from lavish.runners.evaluation_samples import picture_of, question_of
 from lavish.runners.evaluation_summary import (
     METRICS_FILE,
     MODEL_FILE,
@@ -77,7 +78,6 @@ from lavish.tasks.scored_task import ScoredTask
 __all__ = ["METRICS_FILE", "Evaluation", "SplitResult", "check", "evaluate", "open_evaluation"]
 
 
-QUESTION_FIELDS = ("question", "text_input", "expression", "phrase")
 Progress = Callable[[int, int], None]
 
 
@@ -313,10 +313,8 @@ class Job:
     def _note_scores(self, result: SplitResult, dataset: Any, scored: list[Row]) -> None:
         """Put the question beside each answer, and reference and score beside each that was scored."""
         scores = result.scores
-        records = getattr(dataset, "annotation", None)  # data sets of one's own may keep none
         for row in result.rows:
-            record = records[row["index"]] if isinstance(records, list) and "index" in row else {}
-            question = next((record[name] for name in QUESTION_FIELDS if isinstance(record.get(name), str)), None)
+            question = question_of(dataset, row)
             if question is not None:
                 row["question"] = question
         measure = scores.measures.get(scores.headline) if scores else None
@@ -365,16 +363,8 @@ class Job:
         """Give the function that opens the picture of a row, as it is in its file."""
         dataset = next(data for name, split, data in self.datasets if (name, split) == (result.dataset, result.split))
 
-        def open_picture(row: Row) -> Any:
-            if not isinstance(dataset, BaseDataset) or "index" not in row:
-                return None
-            name = dataset.annotation[row["index"]].get("image")
-            if not isinstance(name, str):  # sets of features, videos, several pictures a sample
-                return None
-            dataset.set_processors(None, None)
-            return dataset.picture(name)
-
-        return open_picture
+        has_pictures = self.cfg.datasets_cfg[result.dataset].get("data_type") == "images"
+        return lambda row: picture_of(dataset, row) if has_pictures else None
 
 
 def model_record(model: nn.Module) -> dict[str, Any]:

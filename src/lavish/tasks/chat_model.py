@@ -18,6 +18,7 @@ from torch import nn
 
 from lavish.common import grounding
 from lavish.common.errors import ConfigError, DataError, did_you_mean
+from lavish.datasets.formats.choices import PROMPT, listed, put
 from lavish.inference.vlm import VLM
 from lavish.tasks.captioning import texts
 from lavish.tasks.metrics.text_match import read_choice
@@ -34,10 +35,9 @@ class Ask:
     """The family's template by name; None: the checkpoint's own."""
 
 
-CHOICES = "{question}\n{choices}\nAnswer with the option's letter from the given choices directly."
 ASKS = {
     "vqa": Ask("{question}\nAnswer the question using a single word or phrase.", 16),
-    "choice": Ask(CHOICES, 16),
+    "choice": Ask(PROMPT, 16),
     "caption": Ask("Provide a one-sentence caption for the provided image.", 48),
     "locate": Ask(grounding.PROMPTS["locate"][0].replace("<expr>", "{question}"), 48),
 }
@@ -45,7 +45,7 @@ ASKS = {
 FAMILY_ASKS: dict[str, dict[str, Ask]] = {
     "cogvlm": {
         "vqa": Ask("{question}", 16, "vqa"),
-        "choice": Ask(CHOICES, 16, "vqa"),
+        "choice": Ask(PROMPT, 16, "vqa"),
         "caption": Ask("Describe this image in one short sentence.", 48),
     },
 }
@@ -53,7 +53,7 @@ FAMILY_ASKS: dict[str, dict[str, Ask]] = {
 
 
 class ChatModel(nn.Module):
-    """What the tasks ask, on a model that chats: `generate`, `predict_answers`, `choose_answers`, `locate`.
+    """What the tasks ask, on a model that chats: `generate`, `predict_answers`, `choose`, `locate`, and losses.
 
     Samples have `image`, a list of pictures, and `text_input`.
     """
@@ -90,16 +90,44 @@ class ChatModel(nn.Module):
         replies = self.ask("vqa", samples["image"], texts(samples["text_input"]), max_len)
         return [first_line(reply) for reply in replies]
 
-    def choose_answers(self, samples: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> list[str | None]:
-        """Answer each question by one of its choices; None where the reply names none."""
-        listed = ["\n".join(f"{ascii_uppercase[at]}. {text}" for at, text in enumerate(row)) for row in choices]
-        replies = self.ask("choice", samples["image"], texts(samples["text_input"]), choices=listed)
-        found = [read_choice(reply, row) for reply, row in zip(replies, choices, strict=True)]
-        return [None if at is None else row[at] for at, row in zip(found, choices, strict=True)]
+    def choose(self, samples: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> list[tuple[int | None, str]]:
+        """Answer each question by one of its choices: the place of the one that the reply names, and the reply.
+
+        Raises:
+            DataError: more choices than letters.
+        """
+        if most := max((row for row in map(len, choices) if row > len(ascii_uppercase)), default=0):
+            raise DataError(f"A question has {most} choices; they are shown by the letters A to Z.")
+        replies = self.ask("choice", samples["image"], texts(samples["text_input"]), choices=list(map(listed, choices)))
+        return [(read_choice(reply, row), reply) for reply, row in zip(replies, choices, strict=True)]
 
     def locate(self, samples: Mapping[str, Any]) -> list[str]:
         """Say where each phrase is: the replies, with boxes in thousandths."""
         return self.ask("locate", samples["image"], texts(samples["text_input"]))
+
+    @torch.no_grad()
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the loss of a batch of conversations, and the number of answers' tokens that it is the mean of.
+
+        Raises:
+            DataError: the samples have no messages.
+            PromptError, MediaError: a conversation or picture that cannot be read.
+        """
+        if "messages" not in samples:
+            have = ", ".join(map(str, samples)) or "nothing"
+            raise DataError(
+                f"The samples have no messages; they have {have}. The losses of a model that chats are of the data set "
+                "conversations."
+            )
+        batch = self.vlm.processor.apply_chat_template(
+            list(samples["messages"]), add_generation_prompt=False, padding_side="right", return_labels=True
+        )
+        inputs = {
+            name: value.to(self.vlm.device) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+        learnt = int((batch["labels"][:, 1:] != -100).sum())  # a row's first token is never predicted
+        return {"loss": self.network(**inputs).loss.float(), "num_tokens": learnt}
 
     @torch.no_grad()
     def ask(
@@ -151,11 +179,6 @@ def changed(asks: Mapping[str, Ask], name: str, changes: Mapping[str, Any]) -> A
     if name != "caption" and "{question}" not in made.text:
         raise ConfigError(f"model.ask.{name}.text is {made.text!r}; it needs {{question}} where the question goes.")
     return made
-
-
-def put(text: str, question: str, choices: str = "") -> str:
-    """Fill in a question; braces of the question itself stay as they are."""
-    return choices.join(part.replace("{question}", question) for part in text.split("{choices}"))
 
 
 def conversation(image: Any, text: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from lavish.datasets.datasets.annotations import read_json
 from lavish.tasks.metrics import vqa
 from lavish.tasks.metrics.measure import Measure, mean_of
 from lavish.tasks.metrics.text_match import anls
+from lavish.tasks.multiple_choice import choose_among
 from lavish.tasks.scored_task import ScoredTask, Scores, ids_of, method_of, records_by_instance
 
 OPTIONS = ("num_beams", "max_len", "min_len", "num_ans_candidates", "inference_method", "prompt")
@@ -154,22 +155,12 @@ class AOKVQATask(VQATask):
         for name in ("choices", "correct_choice_idx"):
             if samples.get(name) is None:
                 return results
-        chosen = self.choose(model, samples)
-        for result, choice, right in zip(results, chosen, samples["correct_choice_idx"], strict=True):
-            result |= {"choice": choice, "right_choice": None if right is None else int(right)}
+        chosen = choose_among(model, samples)
+        rows = zip(results, chosen, samples["choices"], samples["correct_choice_idx"], strict=True)
+        for result, choice, texts, right in rows:
+            result["choice"] = None if choice.index is None else texts[choice.index]
+            result["right_choice"] = None if right is None else int(right)
         return results
-
-    def choose(self, model: nn.Module, samples: dict[str, Any]) -> list[str | None]:
-        """Give the text of the choice that the model takes, None where a reply names none."""
-        choose = getattr(model, "choose_answers", None)  # chat models read a letter out of their reply
-        if choose is not None:
-            return choose(samples, samples["choices"])
-        chosen: list[str | None] = []
-        for at, choices in enumerate(samples["choices"]):
-            row = {name: samples[name][at : at + 1] for name in ("image", "text_input")}
-            options = {"answer_list": list(choices), "num_ans_candidates": len(choices)}
-            chosen += method_of(model, "predict_answers")(row, inference_method="rank", **options)
-        return chosen
 
     def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:
         """Score direct answers, and choices where every result has the right one."""

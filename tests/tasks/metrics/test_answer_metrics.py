@@ -104,6 +104,38 @@ def test_choices(answer: str, expected: int | None) -> None:
     assert read_choice(answer, CHOICES) == expected
 
 
+@pytest.mark.parametrize(
+    ("answer", "choices", "expected"),
+    [
+        ("答案是B", ["猫", "狗"], 1),
+        ("答案：（B）", ["猫", "狗"], 1),
+        ("选A。", ["猫", "狗"], 0),
+        ("选项B", ["猫", "狗"], 1),
+        ("B、狗", ["猫", "狗"], 1),
+        ("B。", ["猫", "狗"], 1),
+        ("图中是一只狗。", ["猫", "狗"], 1),
+        ("图中有猫和狗", ["猫", "狗"], None),
+        ("1.5", ["1", "2"], None),
+        ("It costs 1.5 euros", ["1", "1.5"], 1),
+        ("There are 2.", ["1", "2"], 1),
+        ("Either A or B", ["x", "y"], None),
+        ("Both A and B.", ["x", "y"], None),
+        ("A is correct", ["x", "y"], 0),
+        ("A small dog", ["x", "y"], None),
+        ("Answer: B because a cat is there", CHOICES, 1),
+        ("The answer is A: the cat", ["x", "y"], 0),
+        ("The answer is a small horse", ["x", "y"], None),
+        ("**Answer:** B", ["x", "y"], 1),
+        ("I think so", [*"stuvwxyz", "q"], None),
+        ("Zoë", ["Zo", "Zoë"], 1),
+        ("no", ["yes", "no"], 1),
+        ("No, there is nothing.", ["yes", "no"], 1),
+    ],
+)
+def test_choices_as_models_name_them(answer: str, choices: list[str], expected: int | None) -> None:
+    assert read_choice(answer, choices) == expected
+
+
 def test_choices_that_are_letters() -> None:
     assert read_choice("b", ["b", "a"]) == 0
     assert read_choice("B", ["b", "a"]) == 1

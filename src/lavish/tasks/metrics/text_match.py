@@ -44,30 +44,51 @@ def _fold(text: str) -> str:
 def read_choice(answer: str, choices: Sequence[str]) -> int | None:
     """Give the index of the choice that an answer names, or None where it names none or several.
 
-    In this order: the answer is a letter or a choice's text; it says "the answer is ..." with one of them; it begins
-    with a letter and a mark, as in "B. a cat"; it holds the text of one choice alone, or a capital letter of one alone.
-    Where a choice's text lies within another's, the longer one counts.
+    In this order: the answer is a letter or a choice's text; it says "the answer is ..." (or "答案是 ...") with one of
+    them; it begins with a letter and a mark, as in "B. a cat"; it holds the text of one choice alone, or a capital
+    letter of one alone. Where a choice's text lies within another's, the longer one counts.
     """
     letters = string.ascii_uppercase[: len(choices)]
     text = _SPACES.sub(" ", answer.strip())
     whole = _named(text, choices, letters)
     if whole is not None:
         return whole
-    for said in reversed(re.findall(r"(?:answer|choice|option)\b(?: is)?:? *(.+?)(?:[.;\n]|$)", text, re.IGNORECASE)):
+    for said in reversed(_SAID.findall(text)):
         found = _named(said, choices, letters)
+        if found is None and (start := re.match(rf"[\s(\[（*\"']*({_letter(letters)})", said)):
+            found = letters.index(start[1])
         if found is not None:
             return found
-    if start := re.match(rf"[(\[]?([{letters}{letters.lower()}])(?:[)\].:,]|\s*-)(?=\s|$)", text):
+    if start := re.match(
+        rf"[(\[（*]*([{letters}{letters.lower()}])(?:[)\]）.:,：、．*]+|\s*-)(?=\s|$|[^\x00-\x7f])", text
+    ):
         return letters.index(start[1].upper())
     if (found := _mentioned(text, choices)) is not None:
         return found
-    alone = set(re.findall(rf"(?<![\w'])([{letters.replace('A', '')}]|A(?=[\s]*(?:[).:,]|$)))(?![\w'])", text))
+    alone = set(re.findall(_letter(letters), text))
     return letters.index(alone.pop()) if len(alone) == 1 else None
+
+
+_SAID = re.compile(
+    r"(?:\b(?:answer|choice|option)\b(?: is)?|答案|应?选(?:项|择)?)(?:是|为)?[:：]? *(.+?)(?:\.(?!\d)|[;\n。；]|$)",
+    re.IGNORECASE,
+)
+_MARKS = " .,:;!*\"'`。，：；！、．“”（）"
+_ASCII = "A-Za-z0-9_'"  # beside a letter; Chinese stands without a space
+
+
+def _letter(letters: str) -> str:
+    """Give the pattern of a capital letter that stands alone; A and I are words too, unless something ends them."""
+    words = [letter for letter in "AI" if letter in letters]
+    others = "".join(letter for letter in letters if letter not in words)
+    ended = r"(?=\s*(?:[^\w\s(\"']|$|[^\x00-\x7f]|(?:is|or|and|because|since|as)\b))"
+    either = [*([f"[{others}]"] if others else []), *(f"{letter}{ended}" for letter in words)]
+    return f"(?<![{_ASCII}])(?:{'|'.join(either)})(?![{_ASCII}])"
 
 
 def _named(text: str, choices: Sequence[str], letters: str) -> int | None:
     """Give the choice that a text is: its letter or its words, in brackets, quotes or bold, with a mark behind."""
-    bare = text.strip(" .,:;!*\"'`()[]")
+    bare = text.strip(f"{_MARKS}()[]")
     if len(bare) == 1 and bare.upper() in letters and bare not in choices:
         return letters.index(bare.upper())
     same = [index for index, choice in enumerate(choices) if _bare(choice) == _bare(text)]
@@ -75,7 +96,7 @@ def _named(text: str, choices: Sequence[str], letters: str) -> int | None:
 
 
 def _bare(text: str) -> str:
-    return _fold(text).strip(" .,:;!*\"'`")
+    return _fold(text).strip(_MARKS)
 
 
 def _mentioned(text: str, choices: Sequence[str]) -> int | None:
@@ -83,8 +104,19 @@ def _mentioned(text: str, choices: Sequence[str]) -> int | None:
     left = _fold(text)
     found = []
     for index in sorted(range(len(choices)), key=lambda index: -len(choices[index])):
-        pattern = rf"(?<!\w){re.escape(_bare(choices[index]))}(?!\w)"
-        if _bare(choices[index]) and re.search(pattern, left):
+        words = _bare(choices[index])
+        if words and re.search(_standing(words), left):
             found.append(index)
-            left = re.sub(pattern, " ", left)
+            left = re.sub(_standing(words), " ", left)
     return found[0] if len(found) == 1 else None
+
+
+def _standing(words: str) -> str:
+    """Give the pattern of words that stand by themselves: no part of a longer word, and no digits of a longer number.
+
+    Chinese has no spaces, so words that begin or end with it may stand anywhere.
+    """
+    part = r"[^\W\u2e80-\U0010ffff]"
+    before = "" if words[0] >= "\u2e80" else rf"(?<!{part})(?<!\d[.,])" if words[0].isdigit() else rf"(?<!{part})"
+    after = "" if words[-1] >= "\u2e80" else rf"(?!{part})(?![.,]\d)" if words[-1].isdigit() else rf"(?!{part})"
+    return before + re.escape(words) + after
