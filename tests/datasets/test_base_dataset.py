@@ -72,6 +72,13 @@ def test_an_object_is_a_table(tmp_path: Path) -> None:
         ("rows.csv", b"a,b\n1\n", r"row 2: has another number"),
         ("rows.csv", b'a,b\n1,"2"x\n', r"row 2: "),
         ("rows.json", b"[" * 100_000, "no JSON"),
+        ("rows.json", b'[{"id": ' + b"9" * 5000 + b"}]", "no JSON: Exceeds the limit"),
+        ("rows.jsonl", b"{}\n" + b"[" * 100_000, "row 2: no JSON"),
+        ("rows.json", b"[]", r"rows\.json: holds no rows"),
+        ("rows.json", b"{}", "holds no rows"),
+        ("rows.csv", b"a,b\n", "holds no rows"),
+        ("rows.csv", b"a,b,a\n1,2,3\n", "row 1: two columns have one name; the head is a, b, a"),
+        ("rows.csv", b'a,b\n"1\n2",3\n1\n', r"row 3: has another number"),
     ],
 )
 def test_files_that_are_wrong(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -95,6 +102,18 @@ def test_instance_ids_run_over_all_files(tmp_path: Path) -> None:
     assert dataset[-1]["id"] == "3"
     with pytest.raises(IndexError):
         dataset[4]
+
+
+def test_the_head_of_a_table_is_its_first_row(tmp_path: Path) -> None:
+    """As `lavish data check` and a spreadsheet count."""
+    (tmp_path / "rows.csv").write_text("value\n1\n2\n")
+    (tmp_path / "rows.json").write_text('[{"value": 1}]')
+    dataset = Numbers(ann_paths=[tmp_path / "rows.csv", tmp_path / "rows.json"])
+    assert [dataset.where(at).rpartition("/")[2] for at in range(3)] == [
+        "rows.csv, row 2",
+        "rows.csv, row 3",
+        "rows.json, row 1",
+    ]
 
 
 def test_the_first_broken_sample_raises_where_none_is_allowed(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """The forms of data that people have: found out, read into messages, told by row where they are wrong."""
 
 import base64
+import contextlib
+import csv
 import io
 import json
 import pickle
 import random
+import resource
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import zoo_files
 from PIL import Image
 from video_clip import clip
 
-from lavish.common.errors import ConfigError, DataError, MissingDependency
+from lavish.common.errors import ConfigError, DataError, MissingDependency, OutputError
 from lavish.datasets.formats import tables
 from lavish.datasets.formats.checking import check_data
 from lavish.datasets.formats.opening import FORMATS, open_data
@@ -37,6 +40,13 @@ def jpeg() -> bytes:
 def write(path: Path, rows: Any) -> Path:
     """Write rows by the suffix of the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        cells = [{name: one if isinstance(one, str) else json.dumps(one) for name, one in row.items()} for row in rows]
+        with path.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, list(cells[0]))
+            table.writeheader()
+            table.writerows(cells)
+        return path
     text = "\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows)
     path.write_text(text, encoding="utf-8")
     return path
@@ -235,7 +245,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(name: str, suffix: str, tmp_path: Path) -> None:
     kind, row, lines = ROWS[name]
@@ -247,7 +257,8 @@ def test_rows(name: str, suffix: str, tmp_path: Path) -> None:
     assert (len(source), source.is_stream) == (1, False)
     (sample,) = samples(source)
     assert flat(sample) == lines
-    assert sample["id"] == str(row.get("id", row.get("question_id", f"rows{suffix}, row 1")))
+    first = "row 2" if suffix == ".csv" else "row 1"
+    assert sample["id"] == str(row.get("id", row.get("question_id", f"rows{suffix}, {first}")))
     assert check_data(source).is_good
 
 
@@ -275,6 +286,17 @@ def test_tables_of_text(tmp_path: Path) -> None:
     found = dict(source.samples())
     assert flat(found["rows.csv, row 2"])[1] == "assistant: One"
     assert "'b.png' is missing; looked in" in str(found["rows.csv, row 3"]), "the head is row 1"
+
+
+def test_a_picture_in_a_cell(tmp_path: Path) -> None:
+    """Python's own csv stops at 131,072 characters."""
+    stream = io.BytesIO()
+    Image.effect_noise((400, 400), 90).save(stream, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    assert len(url) > 150_000
+    source = open_data(write(tmp_path / "rows.csv", [{"image": url, "caption": A}]))
+    assert check_data(source).is_good
+    assert csv.field_size_limit() == 131_072, "that of others stays"
 
 
 def test_the_folder_of_the_pictures(tmp_path: Path) -> None:
@@ -419,6 +441,30 @@ def test_vlm_learning(tmp_path: Path) -> None:
     assert "0 of <|extra_0|>" in str(rows[3][1])
 
 
+def tar(path: Path, files: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+    """Write a shard."""
+    with tarfile.open(path, "w", format=format) as shard:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_shards_with_odd_members(tmp_path: Path) -> None:
+    files = {"\udce9.png": jpeg(), "\udce9.txt": b"x", "b.png": jpeg(), "b.json": b"[" * 100_000, "c.png": jpeg()}
+    path = tar(tmp_path / "a.tar", {**files, "c.cls": b"3"}, tarfile.GNU_FORMAT)
+    report = check_data(open_data(path))
+    assert (report.num_rows, report.num_images) == (3, 1), "a name that is no UTF-8 is one all the same"
+    assert [where for where, _ in report.problems] == [f"a.tar, sample '{name}'" for name in "bc"]
+    assert "its .json cannot be read" in report.problems[0][1]
+    assert "has no text (json, txt); it has png, cls" in report.problems[1][1], "a number is no caption"
+    (tmp_path / "b.tar").write_bytes(b"no tar")
+    ((where, told),) = check_data(open_data(tmp_path / "b.tar")).problems
+    assert told.startswith("is no tar file"), "the path stands once"
+    assert where == str(tmp_path / "b.tar")
+
+
 def test_shards(tmp_path: Path) -> None:
     files = {
         "a.jpg": jpeg(),
@@ -432,11 +478,7 @@ def test_shards(tmp_path: Path) -> None:
         "e.json": b"[]",
     }
     for at in range(2):
-        with tarfile.open(tmp_path / f"{at}.tar", "w") as tar:
-            for name, content in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        tar(tmp_path / f"{at}.tar", files)
     for path, count in ((tmp_path / "0.tar", 5), (f"{tmp_path}/{{0..1}}.tar", 10), (tmp_path, 10)):
         source = open_data(path)
         assert (source.format, source.is_stream) == ("webdataset", True)
@@ -463,6 +505,30 @@ def test_hugging_face_without_the_package(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(MissingDependency, match=r"pip install 'lavish\[data\]'"):
         open_data(tmp_path / "rows.parquet")
+
+
+class Damaged:
+    """A table of three rows whose second cannot be read."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 1:
+            raise OSError("Corrupt snappy compressed data")
+        if index > 2:
+            raise IndexError
+        return {"image": {"bytes": jpeg(), "path": None}, "text": b"\xff".decode() if index == 2 else A}
+
+
+def test_tables_that_are_damaged_inside() -> None:
+    where, row = tables.TableRows(Damaged(), "a.parquet")[1]
+    assert (where, row) == ("a.parquet, row 2", "cannot be read (Corrupt snappy compressed data).")
+    assert tables.TableRows(Damaged(), "a.parquet")[2][1].startswith("cannot be read ('utf-8' codec"), "row by row"
+    stream = iter(tables.TableStream(Damaged(), "a.parquet"))
+    assert next(stream)[0] == "a.parquet, row 1"
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read from row 2 on \(Corrupt"):
+        next(stream)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -595,6 +661,35 @@ BAD: dict[str, tuple[Any, str]] = {
         {"image": "a.png", "expression": "x", "bbox": [1, 1, 2, 2]},
         "width and height are None and None",
     ),
+    "a box that is no number": (
+        {"image": "a.png", "expression": "x", "bbox": [float("nan"), 1, 2, 2], "width": 9, "height": 9},
+        "bbox is [nan, 1, 2, 2]; four numbers of pixels",
+    ),
+    "a box without an end": (
+        {"image": "a.png", "expression": "x", "bbox": [0, 0, float("inf"), 2], "width": 9, "height": 9},
+        "bbox is [0, 0, inf, 2]; four numbers of pixels",
+    ),
+    "a box of words": (
+        {"image": "a.png", "expression": "x", "bbox": ["1", "2", "3", "4"], "width": 9, "height": 9},
+        "bbox is ['1', '2', '3', '4']; four numbers",
+    ),
+    "a box beyond all numbers": (
+        {"image": "a.png", "expression": "x", "bbox": [0, 0, 10**400, 2], "width": 9, "height": 9},
+        "four numbers of pixels",
+    ),
+    "a box beside its picture": (
+        {"image": "a.png", "expression": "x", "bbox": [9, 0, 2, 2], "width": 9, "height": 9},
+        "bbox is [9, 0, 2, 2], which lies beside the picture of 9 x 9 pixels",
+    ),
+    "a picture wider than all": (
+        {"image": "a.png", "expression": "x", "bbox": [1, 1, 2, 2], "width": 10**400, "height": 4},
+        "the picture's size in pixels is needed",
+    ),
+    "a URL of a file": (
+        {"image": "file:///x/b.png", "messages": said()},
+        "the picture 'file:///x/b.png' is a URL; name the file by its path",
+    ),
+    "base64 alone": ({"image": "iVBO" * 200, "messages": said()}, "Base64 text needs 'data:image/png;base64,' before"),
     "no object": (3, "3 where an object is expected"),
 }
 
@@ -630,11 +725,13 @@ def test_wrong_rows_are_told_by_their_number(name: str, tmp_path: Path) -> None:
         ("rows.json", b"", "the file is empty"),
         ("rows.json", b"[]", "holds no rows"),
         ("rows.jsonl", b"\n\n", "the file is empty"),
-        ("rows.jsonl", b'{"a": 1}\n{', r"rows\.jsonl, row 2: no JSON"),
+        ("rows.jsonl", b"\n{", r"rows\.jsonl, row 2: no JSON"),
+        ("rows.json", b'[{"id": ' + b"9" * 5000 + b"}]", "no JSON: Exceeds the limit"),
+        ("rows.csv", b"image,caption,caption\na.png,x,y", "row 1: two columns have one name"),
         ("rows.json", b'{"a": 1}', "a list of rows is expected. Known: llava, sharegpt"),
         ("rows.json", b'[{"foo": 1, "bar": 2}]', r"its rows \(foo, bar\) are of no form"),
         ("rows.json", b"[1]", r"its rows \(1\) are of no form"),
-        ("rows.bin", b"\xff\xfe\xfd", "cannot be read as text"),
+        ("rows.bin", b"\xff\xfe\xfd", r"cannot be read as text .*; save it as UTF-8"),
         ("refs.p", pickle.dumps([]), "a pickle is not read"),
     ],
 )
@@ -657,8 +754,71 @@ def test_places_that_are_wrong(tmp_path: Path) -> None:
     write(tmp_path / "rows.json", [ROWS["ShareGPT"][1]])
     with pytest.raises(ConfigError, match=r"format 'lava' is unknown\. Did you mean 'llava'"):
         open_data(tmp_path / "rows.json", "lava")
-    with pytest.raises(DataError, match="is no cogvlm_sft, which is a folder"):
+    with pytest.raises(DataError, match="is no cogvlm_sft, which is folder"):
         open_data(tmp_path / "rows.json", "cogvlm_sft")
+    for name in ("~nobodys-folder/rows.json", "a" * 5000, "a\0b", ""):
+        with pytest.raises(ConfigError, match="path="):
+            open_data(name)
+    with pytest.raises(ConfigError, match="images='~nobodys-folder'"):
+        open_data(tmp_path / "rows.json", images="~nobodys-folder")
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(DataError, match="shards: the folder holds no shard"):
+        open_data(tmp_path / "shards", "webdataset")
+
+
+def test_lines_that_are_no_json_are_rows_with_a_problem(tmp_path: Path) -> None:
+    good = json.dumps(ROWS["ShareGPT"][1])
+    lines = [good, "{", "", f'{{"id": {"9" * 5000}}}', "[" * 100_000, good]
+    (tmp_path / "rows.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    source = open_data(tmp_path / "rows.jsonl")
+    report = check_data(source)
+    assert [where for where, _ in report.problems] == [f"rows.jsonl, row {at}" for at in (2, 4, 5)]
+    assert all("no JSON (" in told for _, told in report.problems)
+    assert report.num_rows == 5
+    count, left_out = write_data(source, tmp_path / "out.jsonl", skip_bad=True)
+    assert (count, len(left_out)) == (2, 3)
+
+
+def test_lines_end_with_a_line_break_alone(tmp_path: Path) -> None:
+    """Trap: U+2028 and its like stand inside of JSON texts as they are, and end a line for str.splitlines."""
+    text = "one\u2028two\u0085three\u2029"
+    row = {"id": "\ud800", "messages": said(text, text)}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"id": "x"}, ensure_ascii=False), encoding="utf-8")
+    (sample,) = samples(open_data(tmp_path / "rows.jsonl"))
+    assert sample["messages"] == said(text, text)
+    write_data(open_data(write(tmp_path / "half.json", [row])), tmp_path / "out.jsonl")
+    (again,) = samples(open_data(tmp_path / "out.jsonl"))
+    assert again == row, "and half a character stays what it is"
+
+
+def test_any_field_may_stand_in_a_row(tmp_path: Path) -> None:
+    assert samples(open_data(write(tmp_path / "rows.json", [{"fault": "none", **ROWS["ShareGPT"][1]}])))
+
+
+def test_a_format_that_is_named_is_that_of_the_rows_of_shards(tmp_path: Path) -> None:
+    row = json.dumps({"question": Q, "answer": A, "caption": "A square."}).encode()
+    path = tar(tmp_path / "a.tar", {"a.png": jpeg(), "a.json": row})
+    assert flat(samples(open_data(path))[0])[1] == f"assistant: {A}"
+    for place in (path, tmp_path):
+        assert flat(samples(open_data(place, "captions"))[0])[1] == "assistant: A square."
+    with pytest.raises(DataError, match=r"a\.tar: is no coco_vqa, which is JSON"):
+        open_data(path, "coco_vqa")
+    picture(tmp_path / "pictures")
+    with pytest.raises(DataError, match="a folder of no form"):
+        open_data(tmp_path / "pictures", "captions")
+
+
+def test_a_folder_of_shards_and_more(tmp_path: Path) -> None:
+    """img2dataset's: a table without pictures and statistics beside each shard."""
+    tar(tmp_path / "000.tar", {"a.png": jpeg(), "a.txt": b"x"})
+    (tmp_path / "000.parquet").write_bytes(b"PAR1")
+    write(tmp_path / "000_stats.json", {})
+    assert open_data(tmp_path).format == "webdataset"
+    write(tmp_path / "train.json", [])
+    with pytest.raises(
+        DataError, match=r"Name a file in it: 000_stats\.json, train\.json\. Or say --format webdataset"
+    ):
+        open_data(tmp_path)
 
 
 def test_a_table_of_rows_by_their_name(tmp_path: Path) -> None:
@@ -733,16 +893,57 @@ def test_written_data_are_the_same(tmp_path: Path) -> None:
     source = open_data(write(tmp_path / "ref.json", [ROWS["RefCOCO"][1] | {"image": "b.png"}]))
     write_data(source, tmp_path / "ref.jsonl")
     assert json.loads((tmp_path / "ref.jsonl").read_text())["box"] == [0.1, 0.25, 0.6, 0.75]
+    good = url.rstrip("=").replace("base64,", "base64,\n")
     bad = [{"image": f"data:image/png;base64,{content}", "messages": said()} for content in ("%%", "aGk=")]
-    source = open_data(write(tmp_path / "bad.json", bad))
+    source = open_data(write(tmp_path / "bad.json", [*bad, {"image": good, "messages": said()}]))
     count, told = write_data(source, tmp_path / "bad.jsonl", skip_bad=True)
-    assert count == 0
+    assert count == 1, "line breaks, and no padding"
     assert ["no base64" in told[0][1], "of no format" in told[1][1]] == [True, True]
+
+
+def test_nothing_is_written_by_halves(tmp_path: Path) -> None:
+    """Not the pictures either, of which the first is good: what an older file names stays as it is."""
+    row = {"images": [f"data:image/png;base64,{base64.b64encode(jpeg()).decode()}"], "messages": said("<image>?")}
+    twice = {"images": [*row["images"], "data:image/png;base64,aGk="], "messages": said("<image><image>?")}
+    out, rows = tmp_path / "out" / "train.jsonl", tmp_path / "rows.json"
+    with pytest.raises(DataError, match=r"rows\.json, row 2: .* Nothing was written"):
+        write_data(open_data(write(rows, [row, twice])), out)
+    with pytest.raises(DataError, match=r"none of its 1 rows is good, first rows\.json, row 1: .* Nothing was written"):
+        write_data(open_data(write(rows, [twice])), out, skip_bad=True)
+    assert list(out.parent.iterdir()) == []
+    (tmp_path / "out" / "train_images").mkdir()
+    (tmp_path / "out" / "train_images" / "000001-1.png").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="train_images: is there already"):
+        write_data(open_data(write(rows, [row])), out)
+    with pytest.raises(DataError, match="Nothing was written"):
+        write_data(open_data(write(rows, [row, twice])), out, overwrite=True)
+    assert (tmp_path / "out" / "train_images" / "000001-1.png").read_bytes() == b"mine"
+    write_data(open_data(rows), out, overwrite=True, skip_bad=True)
+    assert [file.name for file in (tmp_path / "out" / "train_images").iterdir()] == ["000001-1.png"]
+    assert (tmp_path / "out" / "train_images" / "000001-1.png").read_bytes() == jpeg()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["train.jsonl", "train_images"]
+
+
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    source = open_data(write(tmp_path / "rows.json", [ROWS["ShareGPT"][1]] * 50))
+    with pytest.raises(ConfigError, match="is a folder; name the file to write"):
+        write_data(source, tmp_path, overwrite=True)
+    with pytest.raises(OutputError, match=r"x\.jsonl: cannot be written \(.*\); make room there, or name another"):
+        write_data(source, tmp_path / "rows.json" / "x.jsonl")
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))  # as a full disk
+    try:
+        with pytest.raises(OutputError, match=r"x\.jsonl: cannot be written \(file too large\)"):
+            write_data(source, tmp_path / "new" / "x.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 JUNK = (
     *(None, 3, -1.5, True, "", " ", "\x00", "<image>", "a.png", "../a.png", "data:image/png;base64,xx", [], {}, [[]]),
     *([None], {"a": 1}, {"type": "image"}, [{"role": "user", "content": 3}], "\ud800", 10**30, "x" * 5000, "a" * 300),
+    *(float("nan"), float("inf"), 10**400, "file:///a.png", "\u2028"),
 )
 NAMES = (
     "image",
@@ -793,5 +994,6 @@ def test_spoiled_rows_are_told_and_break_nothing(seed: int, tmp_path: Path) -> N
         assert report.num_bad <= max(report.num_rows, 1)
         assert len(report.problems) == report.num_bad
         page([look_at(where, made) for where, made in source.samples()], title="x", facts=[])
-        count, left_out = write_data(source, tmp_path / "out.jsonl", skip_bad=True, overwrite=True)
-        assert count + len(left_out) == report.num_rows
+        with contextlib.suppress(DataError):  # none of them is good
+            count, left_out = write_data(source, tmp_path / "out.jsonl", skip_bad=True, overwrite=True)
+            assert count + len(left_out) == report.num_rows

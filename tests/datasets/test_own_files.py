@@ -47,7 +47,7 @@ def test_conversations(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     batch = train.collater([train[0], train[2]])
     assert set(batch) == {"messages", "id", "instance_id"}
     assert batch["messages"][1][1]["content"] == "C"
-    assert batch["messages"][0][0]["content"][0]["image"] == str(tmp_path / "pix" / "a.png")
+    assert batch["messages"][0][0]["content"][0]["image"].size == (20, 16)
 
 
 def test_a_dataset_goes_to_worker_processes(cache: Path, tmp_path: Path) -> None:
@@ -129,7 +129,18 @@ def test_streams(
     ("info", "error", "message"),
     [
         ({}, ConfigError, r"names no file: set build_info\.annotations\.train\.storage"),
-        ({"annotations": {"train": {"storage": "nowhere.json"}}}, DataError, "the data 'train' are not here"),
+        (
+            {"annotations": {"train": {"storage": "nowhere.json"}}},
+            DataError,
+            "nowhere.json: the data 'train' are not here; looked in /.* and in the cache, /",
+        ),
+        ({"annotations": {"train": {"storage": "."}}, "prompt": 3}, ConfigError, "prompt is 3; a text"),
+        ({"annotations": {"train": {"storage": "{0..2}/nowhere.tar"}}, "streaming": True}, DataError, "no such shard"),
+        (
+            {"annotations": {"train": {"url": "https://x.y/z.jsonl"}}},
+            DataError,
+            r"z\.jsonl: .* LAVISH_OFFLINE is set\. Fetch https://x\.y/z\.jsonl elsewhere",
+        ),
         ({"annotations": {"train": {"storage": "."}}, "format": "lava"}, ConfigError, "Did you mean 'llava'"),
         ({"annotations": {"train": {"storage": "."}}, "streaming": "yes"}, ConfigError, "streaming is 'yes'"),
         ({"formt": "llava"}, ConfigError, r"build_info\.formt: unknown key. Did you mean 'format'"),
@@ -138,6 +149,35 @@ def test_streams(
 def test_wrong_settings(info: dict[str, Any], error: type[Exception], message: str, cache: Path) -> None:
     with pytest.raises(error, match=message):
         build("conversations", info)
+
+
+def test_a_processor_that_nobody_would_use(cache: Path, tmp_path: Path) -> None:
+    info = {"annotations": {"train": {"storage": str(write(tmp_path / "rows.json", rows("a")))}}}
+    with pytest.raises(ConfigError, match=r"conversations\.vis_processor: conversations go to the model's own"):
+        build("conversations", info, vis_processor={"train": {"name": "blip_image_train"}})
+    with pytest.raises(ConfigError, match=r"max_broken: .* a stream"):
+        build("conversations", {**info, "streaming": True}, max_broken=0.1)
+
+
+def test_phrases_beside_their_pictures(cache: Path, tmp_path: Path) -> None:
+    """Found as `lavish data check` finds them, and under all names that a row may give its picture."""
+    zoo_files.pictures(tmp_path / "images", ("x.jpg",))
+    row = {"expression": "the dog", "bbox": [2, 4, 10, 8], "width": 20, "height": 16}
+    info = {"annotations": {"val": {"storage": str(tmp_path / "rows.json")}}, "images": {"storage": None}}
+    for name in ("image", "file_name"):
+        write(tmp_path / "rows.json", [{**row, name: "x.jpg"}])
+        assert build("refcoco", info)["val"][0]["image"].size == (20, 16)
+    for given, told in ((["x.jpg", "x.jpg"], "names 2 files; a phrase belongs to one picture"), ([], "names 0 files")):
+        write(tmp_path / "rows.json", [{**row, "image": given}])
+        with pytest.raises(DataError, match=rf"rows\.json, row 1: {told}"):
+            build("refcoco", info)["val"][0]
+    for key, value, told in (("expression", 3, "the expression is 3"), ("bbox", [20, 0, 1, 1], "beside the picture")):
+        write(tmp_path / "rows.json", [{**row, "image": "x.jpg"}, {**row, key: value}])
+        with pytest.raises(DataError, match=rf"rows\.json, row 2: .*{told}"):
+            build("refcoco", info)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "image": "x.jpg"}) + "\n{")
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: no JSON"):
+        ReferringDataset(ann_paths=[tmp_path / "rows.jsonl"])
 
 
 def test_phrases_with_boxes(cache: Path, tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ def test_snli_ve(cache: Path, tmp_path: Path) -> None:
     assert (sample["label"], sample["image_id"]) == ([2], ["1000"])
     with pytest.raises(DataError, match=r"label 'entailmnt' is no class\. Did you mean 'entailment'"):
         train.label({"label": "entailmnt"})
+    with pytest.raises(DataError, match=r"label \[\] is no class"):
+        train.label({"label": []})
     assert MultimodalClassificationDataset.class_labels is None
 
 
@@ -138,6 +140,10 @@ def test_imagenet(tmp_path: Path) -> None:
         build("imagenet", tmp_path, build_info=info)
     with pytest.raises(DataError, match="train: no such folder"):
         build("imagenet", tmp_path, build_info={"splits": ["train"]})
+    with pytest.raises(ConfigError, match=r"build_info\.classnames is 3"):
+        build("imagenet", tmp_path, build_info={"classnames": 3})
+    with pytest.raises(ConfigError, match=r"build_info\.annotations: imagenet has none"):
+        build("imagenet", tmp_path, build_info={"annotations": {"val": {"storage": str(names)}}})
     with pytest.raises(ConfigError, match="a list of train and val"):
         build("imagenet", tmp_path, build_info={"splits": ["test"]})
     (tmp_path / "empty/a").mkdir(parents=True)
@@ -204,6 +210,9 @@ def test_questions_about_videos(name: str, cache: Path, tmp_path: Path) -> None:
     assert set(sample) == {"video", "text_input", "answers", "question_id", "instance_id"}
     assert sample["video"] == str(tmp_path / "v1.mp4"), "without a processor the path"
     assert [datasets["val"][index]["answers"] for index in range(2)] == [1, 2]
+    datasets["val"].annotation[0]["answer"] = ["here"]
+    with pytest.raises(DataError, match=r"the field 'answer' is \['here'\]"):
+        datasets["val"][0]
     zoo_files.write(folder / "qa_ans2label.json", ["here"])
     with pytest.raises(DataError, match=r"qa_ans2label\.json: holds \['here'\]"):
         build(f"{name}_qa", tmp_path)
@@ -241,6 +250,12 @@ def test_laion(tmp_path: Path) -> None:
     assert (set(batch), batch["image"].shape) == ({"image", "text_input"}, (5, 3, 8, 8))
     with pytest.raises(DataError, match="None of the 1 shards has a sample"):
         list(LaionDataset(location=str(tmp_path / "02.tar")))
+    odd = shard(tmp_path / "04.tar", {"a.jpg": jpeg(), "a.txt": b"x", "b.jpg": jpeg(), "b.json": b"[" * 100_000})
+    assert [sample["text_input"] for sample in LaionDataset(location=str(odd), is_endless=False)] == ["x"]
+    with pytest.raises(ConfigError, match=r"build_info\.annotations: laion2B_multi has none"):
+        build("laion2B_multi", None, build_info={"storage": str(odd), "annotations": {"train": {"storage": str(odd)}}})
+    with pytest.raises(ConfigError, match=r"laion2B_multi\.max_broken: .* a stream"):
+        build("laion2B_multi", None, max_broken=0.1, build_info={"storage": str(odd)})
     with pytest.raises(DataError, match="needs a location"):
         LaionDataset()
     with pytest.raises(DataError, match=r"03\.tar: the shards of laion2B_multi are not here"):
@@ -282,6 +297,10 @@ def test_shards(tmp_path: Path) -> None:
     ]
     with pytest.raises(DataError, match="no such shard"):
         list(read_shard(tmp_path / "t.tar"))
+    odd = tarfile.TarInfo("\udce9.json")
+    with tarfile.open(tmp_path / "latin.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(odd)
+    assert list(read_shard(tmp_path / "latin.tar")) == [{"__key__": b"\xe9", "json": b""}], "no UTF-8"
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(DataError, match="no tar file, or is cut off"):
         list(read_shard(path))

@@ -121,8 +121,10 @@ def show(
 
     The page is one HTML file with everything in it. Of the model only the small files are read, no weights.
     """
+    from lavish.datasets.datasets.annotations import local_path
     from lavish.datasets.formats.opening import open_data
 
+    target = local_path(out, "--out")
     source = open_data(file, format, images=images, prompt=prompt, streaming=True)
     processor = _processor(model, tokenizer, piece, config)
     from lavish.datasets.formats.page import look_at, write_page
@@ -139,7 +141,7 @@ def show(
     facts = [("data", str(file)), ("format", source.format), ("prompt of", model or "the bundled model")]
     if not source.is_stream:
         facts.append(("rows", f"{len(source):,}"))
-    write_page(out.expanduser(), rows, title=f"Training data: {Path(file).name}", facts=facts)
+    write_page(target, rows, title=f"Training data: {Path(file).name}", facts=facts)
     say(f"{out}: {len(rows)} rows; open it in a browser.")
     return status
 
@@ -160,13 +162,14 @@ def convert(
     """
     if out.suffix != ".jsonl":
         raise ConfigError(f"{out}: the file to write is JSON lines; call it {out.with_suffix('.jsonl').name}.")
+    from lavish.datasets.datasets.annotations import local_path
     from lavish.datasets.formats.opening import open_data
     from lavish.datasets.formats.writing import write_data
 
+    target = local_path(out, "OUT.jsonl")
     source = open_data(file, format, images=images, prompt=prompt, streaming=True)
     bar = progress_bar()
     options: dict[str, Any] = {"skip_bad": skip_bad, "overwrite": overwrite}
-    target = out.expanduser()
     if bar is None:
         count, bad = write_data(source, target, **options)
     else:
@@ -221,7 +224,8 @@ def _print_json(source: Source, report: Report) -> None:
     said = asdict(report)
     said["problems"] = [{"where": where, "problem": problem} for where, problem in report.problems]
     said["longest"] = {"tokens": report.longest[0], "where": report.longest[1]}
-    print(json.dumps({"file": source.path, **said}, indent=2, ensure_ascii=False))
+    text = json.dumps({"file": source.path, **said}, indent=2, ensure_ascii=False)
+    print(text.encode("utf-8", "backslashreplace").decode())  # names of files need not be UTF-8
 
 
 def _print(source: Source, report: Report, *, has_tokens: bool) -> None:

@@ -10,17 +10,21 @@ LAVISH_CACHE may name a cache that LAVIS has filled.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from torch.utils.data import IterableDataset
 
 from lavish.checkpoints.download import cache_folder, fetch, is_url, offline
 from lavish.common import dist
 from lavish.common.config import find_default, load_yaml
-from lavish.common.errors import ConfigError, DataError, did_you_mean, shown
+from lavish.common.errors import ConfigError, DataError, check_path, did_you_mean, shown
 from lavish.common.registry import registry
+from lavish.datasets.datasets.annotations import local_path
 from lavish.datasets.datasets.base_dataset import BaseDataset
 from lavish.processors.base_processor import BaseProcessor
 
@@ -33,10 +37,12 @@ SPLITS = ("train", "val", "test")
 DATA_TYPES = ("images", "videos", "features")
 PROCESSORS = ("vis_processor", "text_processor", "kw_processor")
 SECTION_KEYS = ("type", "dataset_card", "data_type", "data_dir", "build_info", "max_broken", *PROCESSORS)
-"""What a dataset's section may hold."""
+"""What a dataset's section may hold; `data_dir` stands in LAVIS's recipes, and is not read there either."""
 BUILD_KEYS = ("annotations", *DATA_TYPES)
 """What `build_info` may hold; a builder adds its own."""
 ANNOTATION_KEYS = ("url", "md5", "storage")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_MD5 = re.compile(r"[0-9a-fA-F]{32}")
 MAX_BROKEN = 0.01
 """Share of training samples that may be broken before the run ends."""
 
@@ -60,6 +66,8 @@ class BaseDatasetBuilder:
     """Default YAML by type; relative paths stand in lavish's package, or else beside the builder's module."""
     BUILD_INFO_KEYS: ClassVar[tuple[str, ...]] = ()
     """What `build_info` may hold besides `BUILD_KEYS`."""
+    EXTRA_ANNOTATIONS: ClassVar[tuple[str, ...]] = ()
+    """What `build_info.annotations` may hold besides `SPLITS`."""
 
     def __init__(self, cfg: Any = None) -> None:
         """`cfg` is a dataset's section, the path of a YAML that holds one, or None for the default one."""
@@ -109,11 +117,18 @@ class BaseDatasetBuilder:
         share = self.config.get("max_broken", MAX_BROKEN)
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ConfigError(f"max_broken is {shown(share)}; it is a share of the samples, from 0 to 1.")
+        self._check_keys(self._annotations(), (*SPLITS, *self.EXTRA_ANNOTATIONS), "build_info.annotations.")
         for split in self.splits():
-            if self._class_of(split) is None:
+            made = self._class_of(split)
+            if made is None:
                 raise ConfigError(f"{type(self).__name__} has no dataset class for the split {split!r}.")
+            if "max_broken" in self.config and isinstance(made, type) and issubclass(made, IterableDataset):
+                raise ConfigError(
+                    f"datasets.{self._name()}.max_broken: {split} is a stream, of which no share is known; take it "
+                    "out: what is broken is told and passed over."
+                )
         self.build_processors()
-        self.visual_root()
+        self._check_visual_root()
         for file in self.annotation_files():
             self._check_file(file)
 
@@ -189,7 +204,7 @@ class BaseDatasetBuilder:
         if not storage and not urls:
             raise ConfigError(f"{where} names no file; give storage (a path), and url where it can be fetched.")
         if not storage:
-            storage = [f"{self._name()}/annotations/{url.rpartition('/')[2]}" for url in urls if url is not None]
+            storage = [f"{self._name()}/annotations/{_file_name(url, where)}" for url in urls]
         for name, given in (("url", urls), ("md5", sums)):
             if given and len(given) != len(storage):
                 raise ConfigError(
@@ -198,12 +213,13 @@ class BaseDatasetBuilder:
                 )
         files = []
         for place, url, md5 in zip(storage, urls or [None] * len(storage), sums or [None] * len(storage), strict=True):
-            if place is None:
+            if not place:
                 raise ConfigError(f"{where}.storage has an empty path.")
+            if md5 is not None and not _MD5.fullmatch(md5):
+                raise ConfigError(f"{where}.md5 is {shown(md5)}; 32 digits from 0 to f are expected.")
             path = self.storage_path(place)
             if url is not None and not is_url(url):  # LAVIS copies such a file; here it is read where it is
-                here = Path(unquote(urlsplit(url).path)) if url.startswith("file://") else Path(url)
-                path, url = path if path.is_file() else here, None
+                path, url = path if path.is_file() else _local_file(url, where), None
             files.append(AnnotationFile(split, path, url, md5))
         return files
 
@@ -214,7 +230,7 @@ class BaseDatasetBuilder:
     @staticmethod
     def storage_path(place: str | Path) -> Path:
         """Give the path of a storage: relative ones are under the cache folder (or `registry`'s "cache_root")."""
-        path = Path(place).expanduser()
+        path = local_path(place, "storage")
         return path if path.is_absolute() else cache_root() / path
 
     def visual_root(self) -> Path | None:
@@ -227,7 +243,16 @@ class BaseDatasetBuilder:
             )
         return None if storage is None else self.storage_path(storage)
 
+    def _check_visual_root(self) -> None:
+        section = self.build_info.get(self.data_type)
+        if isinstance(section, Mapping):
+            self._check_keys(section, ("storage",), f"build_info.{self.data_type}.")
+        root = self.visual_root()
+        if root is not None and root.is_file():
+            raise ConfigError(f"{root}: storage of the {self.data_type} is a file; name the folder that holds them.")
+
     def _check_file(self, file: AnnotationFile) -> None:
+        check_path(file.path, f"build_info.annotations.{file.split}.storage")
         if file.path.is_dir():
             raise ConfigError(f"{file.path}: storage of the annotations {file.split!r} is a folder; name a file.")
         if file.path.is_file():
@@ -286,7 +311,7 @@ class BaseDatasetBuilder:
     def build_split(self, split: str) -> Any:
         """Give the dataset of one split."""
         mode = "train" if split == "train" else "eval"
-        root = self.visual_root()
+        root = self.split_root(split)
         dataset = self._class_of(split)(
             vis_processor=self.vis_processors[mode],
             text_processor=self.text_processors[mode],
@@ -297,6 +322,10 @@ class BaseDatasetBuilder:
         if mode == "train" and isinstance(dataset, BaseDataset):
             dataset.max_broken = float(self.config.get("max_broken", MAX_BROKEN))
         return dataset
+
+    def split_root(self, split: str) -> Path | None:
+        """Give the folder of the visual data of one split."""
+        return self.visual_root()
 
     def dataset_options(self, split: str) -> dict[str, Any]:
         """Give what the dataset class of a split takes besides processors, paths and root."""
@@ -356,6 +385,30 @@ def _section(cfg: Any) -> DictConfig:
         raise ConfigError(f"A dataset's section holds keys and values, found {shown(cfg)}.")
     plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
     return OmegaConf.create(plain)  # type: ignore[return-value]
+
+
+def _split_url(url: str, where: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"{where}.url is {shown(url)}, which is no URL: {error}.") from error
+
+
+def _file_name(url: str | None, where: str) -> str:
+    """Give the name of a URL's file, for one without a storage."""
+    name = "" if url is None else Path(unquote(_split_url(url, where).path)).name
+    if name in ("", ".."):
+        raise ConfigError(f"{where}.url is {shown(url)}, which names no file; give storage too.")
+    return name
+
+
+def _local_file(url: str, where: str) -> Path:
+    """Give the path that a file:// URL, or a path in the place of a URL, stands for."""
+    if url.startswith("file://"):
+        return Path(unquote(_split_url(url, where).path))
+    if _SCHEME.match(url):
+        raise ConfigError(f"{where}.url is {shown(url)}; only https is fetched: fetch the file, and give storage.")
+    return local_path(url, f"{where}.url")
 
 
 def _texts(value: Any, where: str) -> list[str | None]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lavish.common.errors import ConfigError, DataError, shown
-from lavish.datasets.builders.base_dataset_builder import MAX_BROKEN, BaseDatasetBuilder
+from lavish.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavish.datasets.builders.video_frames import VideoFrames
 from lavish.datasets.datasets.annotations import read_json
 from lavish.datasets.datasets.imagefolder_dataset import ImageFolderDataset
@@ -37,6 +38,7 @@ class VideoQABuilder(VideoFrames, BaseDatasetBuilder):
     train_dataset_cls = VideoQADataset
     eval_dataset_cls = VideoQADataset
     BUILD_INFO_KEYS = (*VideoFrames.BUILD_INFO_KEYS, "instance_id_key")  # the latter is LAVIS's, which never reads it
+    EXTRA_ANNOTATIONS = ("ans2label",)
 
     def check(self) -> None:
         """Check that the numbers of the answers are named too."""
@@ -78,18 +80,22 @@ class ImageNetBuilder(BaseDatasetBuilder):
             raise ConfigError(f"build_info.splits is {shown(names)}; it is a list of train and val.")
         return list(names)
 
-    def build_split(self, split: str) -> Any:
-        """Give the dataset of one folder."""
+    def check(self) -> None:
+        """Check that no annotation files are named, which would not be read."""
+        super().check()
+        if self._annotations():
+            raise ConfigError("build_info.annotations: imagenet has none; its classes are the folders' names.")
+
+    def split_root(self, split: str) -> Path:
+        """Give the folder of one split."""
         root = self.visual_root()
         if root is None:
             raise ConfigError("build_info.images.storage is missing: the folder that holds train and val.")
-        mode = "train" if split == "train" else "eval"
-        dataset = ImageFolderDataset(
-            self.vis_processors[mode], self.text_processors[mode], root / split, classnames=self.classnames()
-        )
-        if mode == "train":
-            dataset.max_broken = float(self.config.get("max_broken", MAX_BROKEN))
-        return dataset
+        return root / split
+
+    def dataset_options(self, split: str) -> dict[str, Any]:
+        """Give the names of the classes."""
+        return {"classnames": self.classnames()}
 
     def classnames(self) -> list[str] | None:
         """Read the names of the classes, if a file of them is given.
@@ -100,6 +106,8 @@ class ImageNetBuilder(BaseDatasetBuilder):
         file = self.build_info.get("classnames")
         if file is None:
             return None
+        if not isinstance(file, str):
+            raise ConfigError(f"build_info.classnames is {shown(file)}; the path of a JSON file is expected.")
         names = read_json(self.storage_path(file))
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{file}: holds {shown(names)}; a list of names is expected.")

@@ -57,6 +57,8 @@ class Laion2BMultiBuilder(BaseDatasetBuilder):
     def check(self) -> None:
         """Check that the first shard is here too."""
         super().check()
+        if self._annotations():
+            raise ConfigError(f"build_info.annotations: {self._name()} has none; its texts are in the shards.")
         first = expand(self.location())[0]
         if not Path(first).is_file():
             raise DataError(
@@ -71,6 +73,9 @@ class Laion2BMultiBuilder(BaseDatasetBuilder):
         if not isinstance(storage, str):
             raise ConfigError(f"build_info.storage is {shown(storage)}; a path of tar shards is expected.")
         return str(self.storage_path(storage))
+
+    def _check_visual_root(self) -> None:
+        """It may be a file here, and `check` looks for it."""
 
     def _download_vis(self) -> None:
         """Nothing is fetched; `check` has looked."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lavish.common.errors import ConfigError, DataError, did_you_mean, shown
-from lavish.datasets.builders.base_dataset_builder import AnnotationFile, BaseDatasetBuilder
+from lavish.datasets.builders.base_dataset_builder import PROCESSORS, AnnotationFile, BaseDatasetBuilder, cache_root
+from lavish.datasets.datasets.annotations import local_path
 from lavish.datasets.formats.dataset import ConversationDataset, ConversationStream, ReferringDataset
 from lavish.datasets.formats.opening import FORMATS
 
@@ -17,7 +18,7 @@ class OwnFilesBuilder(BaseDatasetBuilder):
     @staticmethod
     def storage_path(place: str | Path) -> Path:
         """Give the path of a storage."""
-        here = Path(place).expanduser()
+        here = local_path(place, "storage")
         return here.absolute() if here.exists() or "{" in str(place) else BaseDatasetBuilder.storage_path(place)
 
     def check(self) -> None:
@@ -27,6 +28,15 @@ class OwnFilesBuilder(BaseDatasetBuilder):
             raise ConfigError(
                 f"datasets.{self._name()} names no file: set build_info.annotations.train.storage (or val, test)."
             )
+
+    def _check_file(self, file: AnnotationFile) -> None:
+        root = cache_root()
+        if file.url is None and not file.path.exists() and file.path.is_relative_to(root):
+            raise DataError(
+                f"{file.path.relative_to(root)}: the data {file.split!r} are not here; looked in {Path.cwd()} and in "
+                f"the cache, {root}."
+            )
+        super()._check_file(file)
 
 
 class ConversationsBuilder(OwnFilesBuilder):
@@ -38,8 +48,16 @@ class ConversationsBuilder(OwnFilesBuilder):
     BUILD_INFO_KEYS = ("format", "prompt", "streaming")
 
     def check(self) -> None:
-        """Check the format's name too."""
+        """Check the format's name too, and that no processor is named: the model's own makes tensors of messages."""
         super().check()
+        named = [kind for kind in PROCESSORS if self.config.get(kind)]
+        if named:
+            raise ConfigError(
+                f"datasets.{self._name()}.{named[0]}: conversations go to the model's own processor as they are."
+            )
+        prompt = self.build_info.get("prompt")
+        if prompt is not None and not isinstance(prompt, str):
+            raise ConfigError(f"build_info.prompt is {shown(prompt)}; a text is expected.")
         name = self.build_info.get("format")
         if name is not None and name not in FORMATS:
             raise ConfigError(
@@ -49,8 +67,8 @@ class ConversationsBuilder(OwnFilesBuilder):
             raise ConfigError(f"build_info.streaming is {shown(self.build_info.get('streaming'))}; true or false.")
 
     def _check_file(self, file: AnnotationFile) -> None:
-        if not file.path.exists() and "{" not in file.path.name:
-            raise DataError(f"{file.path}: the data {file.split!r} are not here.")
+        if not file.path.is_dir() and "{" not in str(file.path):
+            super()._check_file(file)
 
     def _class_of(self, split: str) -> Any:
         return ConversationStream if self.build_info.get("streaming", False) else super()._class_of(split)

@@ -109,7 +109,7 @@ class BaseDataset(Dataset):
         row = index % len(self) + 1
         for path, count in self.sources:
             if row <= count:
-                return f"{path}, row {row}"
+                return f"{path}, row {row + path.endswith(('.csv', '.tsv'))}"  # the head of a table is row 1
             row -= count
         return f"sample {index}"
 

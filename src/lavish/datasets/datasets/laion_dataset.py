@@ -20,14 +20,13 @@ from lavish.common import dist
 from lavish.common.errors import DataError, MediaError
 from lavish.common.media import open_image
 from lavish.datasets.datasets.base_dataset import MAX_WARNINGS, BaseDataset
-from lavish.datasets.datasets.tar_shards import expand, read_shard
+from lavish.datasets.datasets.tar_shards import PICTURES, expand, read_shard
 from lavish.processors.base_processor import BaseProcessor
 
 logger = logging.getLogger(__name__)
 
 SHUFFLED = 1000
 """Samples among which one is drawn."""
-PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
 class LaionDataset(IterableDataset):
@@ -89,7 +88,7 @@ class LaionDataset(IterableDataset):
                     try:
                         yield self._sample(record)
                     except (MediaError, DataError) as error:
-                        self._note_broken(f"{shard}, sample {record['__key__'].decode()!r}", error)
+                        self._note_broken(f"{shard}, sample {record['__key__'].decode('utf-8', 'replace')!r}", error)
             except DataError as error:
                 self._note_broken(shard, error)
 
@@ -116,7 +115,7 @@ def _caption(record: dict[str, bytes]) -> str:
             caption = json.loads(record["json"]).get("caption")
         else:
             caption = record["txt"].decode("utf-8") if "txt" in record else None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"its text cannot be read ({error}).") from error
     if not isinstance(caption, str):
         raise DataError("has no caption, in .json or .txt.")

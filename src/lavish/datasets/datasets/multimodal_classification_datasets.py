@@ -25,7 +25,7 @@ class MultimodalClassificationDataset(BaseDataset):
             DataError: a class that is none; the nearest is suggested.
         """
         name, known = need(record, field), self.class_labels or {}
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             hint = did_you_mean(str(name), known)
             raise DataError(f"{field} {shown(name)} is no class.{hint} The classes are {', '.join(known)}.")
         return known[name]

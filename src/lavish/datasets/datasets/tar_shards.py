@@ -14,6 +14,8 @@ from pathlib import Path
 
 from lavish.common.errors import ConfigError, DataError
 
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
+TEXTS = ("json", "txt")
 MAX_MEMBER_BYTES = 200_000_000
 MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -39,6 +41,8 @@ def expand(location: str) -> list[str]:
 def read_shard(path: str | Path) -> Iterator[dict[str, bytes]]:
     """Give the samples of one shard: `{"__key__": name, suffix: content}`, suffixes in lower case and without the dot.
 
+    Names need not be UTF-8: the key has the bytes that the shard has.
+
     Raises:
         DataError: no such file, no tar, cut off, a member over the limit, or a suffix twice in one sample.
     """
@@ -55,7 +59,7 @@ def read_shard(path: str | Path) -> Iterator[dict[str, bytes]]:
                 name = f"{folder}/{stem}" if folder else stem
                 if name != key:
                     if key is not None:
-                        yield {"__key__": key.encode(), **sample}
+                        yield {"__key__": _bytes(key), **sample}
                     key, sample = name, {}
                 if suffix.lower() in sample:
                     raise DataError(f"{path}: the sample {name!r} has two files .{suffix}.")
@@ -66,4 +70,9 @@ def read_shard(path: str | Path) -> Iterator[dict[str, bytes]]:
     except _FAULTS as error:
         raise DataError(f"{path}: is no tar file, or is cut off ({error}).") from error
     if key is not None:
-        yield {"__key__": key.encode(), **sample}
+        yield {"__key__": _bytes(key), **sample}
+
+
+def _bytes(name: str) -> bytes:
+    """Give a member's name as it stands in the shard; tarfile reads what is no UTF-8 as surrogates."""
+    return name.encode("utf-8", "surrogateescape")

@@ -24,6 +24,8 @@ class VideoQADataset(MultimodalClassificationDataset):
 
     def _get_answer_label(self, answer: str) -> int:
         """Give the number of an answer; one that training does not know gets the number behind the last."""
+        if not isinstance(answer, str):
+            raise DataError(f"the field 'answer' is {shown(answer)}; a text is expected.")
         known = self.class_labels or {}
         return known.get(answer, len(known))
 

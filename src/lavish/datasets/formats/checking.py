@@ -98,7 +98,7 @@ def check_data(
                 break
     except DataError as error:  # a shard or file that cannot be read on
         report.num_bad += 1
-        report.problems.append((source.path, str(error)))
+        report.problems.append((source.path, str(error).removeprefix(f"{source.path}: ")))
     if not report.num_rows and not report.problems:
         report.num_bad += 1
         report.problems.append((source.path, "holds no rows."))

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lavish.common.errors import DataError, shown
-from lavish.datasets.datasets.annotations import read_json
+from lavish.datasets.datasets.annotations import Fault, read_json
 
-Rows = list[tuple[str, dict[str, Any]]]
-"""(where a row is, the row)."""
+Rows = list[tuple[str, Any]]
+"""(where a row is, the row or its `Fault`)."""
 
 
 def kind_of(loaded: Mapping[str, Any]) -> str | None:
@@ -68,7 +68,7 @@ def minigpt4_rows(loaded: Mapping[str, Any], path: Path) -> Rows:
     for at, one in _records(loaded["annotations"], path, "annotation"):
         name = _key(one, "image_id")
         row = {"id": name, "image": f"{name}.jpg", "caption": one.get("caption")}
-        rows.append((at, {"fault": "it has no image_id."} if name is None else row))
+        rows.append((at, Fault("it has no image_id.") if name is None else row))
     return rows
 
 
@@ -91,14 +91,14 @@ def question_rows(loaded: Mapping[str, Any], path: Path) -> Rows:
     return [(at, _question(one, answers.get(_key(one, "question_id"), {}), subtype)) for at, one in asked]
 
 
-def _question(asked: Mapping[str, Any], answer: Mapping[str, Any], subtype: Any) -> dict[str, Any]:
+def _question(asked: Mapping[str, Any], answer: Mapping[str, Any], subtype: Any) -> dict[str, Any] | Fault:
     name, number = _key(asked, "question_id"), asked.get("image_id")
     if name is None:
-        return {"fault": "it has no question_id."}
+        return Fault("it has no question_id.")
     image = asked.get("image")
     if image is None:
         if not isinstance(number, int):
-            return {"fault": f"image_id is {shown(number)}; the number of a COCO picture is expected."}
+            return Fault(f"image_id is {shown(number)}; the number of a COCO picture is expected.")
         image = f"COCO_{subtype}_{number:012d}.jpg"
     answers = answer.get("answers") or answer.get("multiple_choice_answer")
     return {"id": name, "image": image, "question": asked.get("question"), "answer": answers}
@@ -158,5 +158,5 @@ def _key(one: Mapping[str, Any], name: str) -> str | int | None:
     return value if isinstance(value, str | int) else None
 
 
-def _no_picture(one: Mapping[str, Any]) -> dict[str, Any]:
-    return {"fault": f"its image_id {shown(one.get('image_id'))} is none of the images."}
+def _no_picture(one: Mapping[str, Any]) -> Fault:
+    return Fault(f"its image_id {shown(one.get('image_id'))} is none of the images.")

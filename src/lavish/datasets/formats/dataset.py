@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lavish.common import dist
-from lavish.common.errors import DataError
-from lavish.datasets.datasets.base_dataset import MAX_WARNINGS, BaseDataset
+from lavish.common.errors import DataError, shown
+from lavish.common.media import open_image
+from lavish.datasets.datasets.annotations import Fault
+from lavish.datasets.datasets.base_dataset import BROKEN, MAX_WARNINGS, BaseDataset
 from lavish.datasets.formats.checking import problem_of
 from lavish.datasets.formats.opening import Source, open_data
-from lavish.datasets.formats.records import EXPRESSIONS, corners, size_of
+from lavish.datasets.formats.records import box_of, expression_of, media_of
+from lavish.datasets.formats.samples import Pictures
 from lavish.datasets.formats.tables import ShardStream
 
 logger = logging.getLogger(__name__)
@@ -68,10 +71,11 @@ class ConversationDataset(BaseDataset):
         """Give one conversation.
 
         Raises:
-            DataError: the row is wrong; pictures are opened later, by the processor.
+            DataError: the row is wrong.
+            MediaError: a picture cannot be read. Videos are read later, by the processor.
         """
         source, where, row = self._row(index)
-        return {**checked(source.sample(where, row)), "instance_id": str(index)}
+        return {**with_pictures(checked(source.sample(where, row))), "instance_id": str(index)}
 
 
 class ConversationStream(IterableDataset):
@@ -97,8 +101,8 @@ class ConversationStream(IterableDataset):
         for source in self.opened:
             for where, row in _share(source.rows, reader, readers):
                 try:
-                    yield {**checked(source.sample(where, row)), "instance_id": where}
-                except DataError as error:
+                    yield {**with_pictures(checked(source.sample(where, row))), "instance_id": where}
+                except BROKEN as error:
                     self.num_broken += 1
                     if self.num_broken <= MAX_WARNINGS:
                         logger.warning("%s: %s It is left out (%d broken so far).", where, error, self.num_broken)
@@ -106,6 +110,26 @@ class ConversationStream(IterableDataset):
     def collater(self, samples: Sequence[Any]) -> dict[str, Any]:
         """Make a batch of lists."""
         return {key: [sample[key] for sample in samples] for key in samples[0]}
+
+
+def with_pictures(sample: dict[str, Any]) -> dict[str, Any]:
+    """Open the pictures of a conversation.
+
+    Trap: left to the processor, one that cannot be read would end the run, whatever `max_broken` allows.
+
+    Raises:
+        MediaError: one cannot be read.
+    """
+    messages = [
+        message if isinstance(message["content"], str) else {**message, "content": [*map(_opened, message["content"])]}
+        for message in sample["messages"]
+    ]
+    return {**sample, "messages": messages}
+
+
+def _opened(part: Any) -> Any:
+    is_picture = isinstance(part, Mapping) and part.get("type") == "image" and "image" in part
+    return {**part, "image": open_image(part["image"])} if is_picture else part
 
 
 class ReferringDataset(BaseDataset):
@@ -122,29 +146,40 @@ class ReferringDataset(BaseDataset):
         ann_paths: Sequence[str | Path] = (),
     ) -> None:
         super().__init__(vis_processor, text_processor, vis_root)
+        self.pictures: list[Pictures] = []
         for path in ann_paths:
             source = open_data(path, images=vis_root)
             if source.format not in ("refcoco", "coco_refcoco"):
                 raise DataError(f"{path}: holds {source.format}, no phrases with boxes.")
-            self.add_annotation(path, [dict(row) for _, row in source.rows])
+            records = [_referring(where, row) for where, row in source.rows]
+            self.add_annotation(path, records)
+            self.pictures += [source.convert.pictures] * len(records)
         self._add_instance_ids()
-        for index, record in enumerate(self.annotation):
-            try:
-                corners(record)
-                size_of(record)
-            except DataError as error:
-                raise DataError(f"{self.where(index)}: {error}") from error
 
     def sample(self, index: int) -> dict[str, Any]:
         """Give one phrase with its picture."""
         record = self.annotation[index]
-        phrase = next(record[name] for name in EXPRESSIONS if record.get(name) is not None)
+        (kind, source), *more = media_of(record, self.pictures[index]) or [("", None)]
+        if kind != "image" or more:
+            raise DataError(f"names {len(more) + bool(kind)} files; a phrase belongs to one picture.")
         return {
-            "image": self.picture(record.get("image")),
-            "text_input": self.text_processor(phrase),
+            "image": self.vis_processor(open_image(source, exif_rotation=False)),
+            "text_input": self.text_processor(expression_of(record)),
             "ref_id": record.get("ref_id", record.get("id", index)),
             "instance_id": record["instance_id"],
         }
+
+
+def _referring(where: str, row: Any) -> dict[str, Any]:
+    """Give a row whose phrase and box are whole: a wrong one would be scored as a miss."""
+    try:
+        if isinstance(row, Fault) or not isinstance(row, dict):
+            raise DataError(row if isinstance(row, Fault) else f"{shown(row)} where an object is expected.")
+        expression_of(row)
+        box_of(row)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    return dict(row)
 
 
 def checked(sample: dict[str, Any]) -> dict[str, Any]:

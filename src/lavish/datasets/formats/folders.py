@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lavish.common.errors import DataError, shown
-from lavish.datasets.datasets.annotations import need, read_json
+from lavish.datasets.datasets.annotations import Fault, need, read_json
 from lavish.datasets.formats.coco import Rows
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -28,13 +28,19 @@ def kind_of(folder: Path) -> str | None:
         return "image_map"
     if (folder / "images").is_dir() and any((folder / name).is_dir() for name in LABELS):
         return "cogvlm_sft"
+    if shards := shards_in(folder):  # before parquet: img2dataset writes a table without pictures beside each shard
+        beside = [name for name in data_files(folder) if not name.startswith(tuple(shards))]
+        return None if beside else "webdataset"
     if any(path.suffix == ".parquet" for path in folder.iterdir()) or (folder / "dataset_info.json").is_file():
         return "hf"
-    if any(path.suffix == ".tar" for path in folder.iterdir()):
-        return "webdataset"
     if data_files(folder):
         return None
     return "named_images" if next(pictures_in(folder), None) is not None else None
+
+
+def shards_in(folder: Path) -> list[str]:
+    """Name the tar files of a folder, without their suffix."""
+    return sorted(path.stem for path in folder.iterdir() if path.suffix == ".tar")
 
 
 def data_files(folder: Path) -> list[str]:
@@ -98,7 +104,7 @@ def image_map_rows(folder: Path) -> Rows:
         said = captions.get(key)
         answers = said.get("a") if isinstance(said, dict) else None
         if not isinstance(said, dict) or not isinstance(answers, list) or not answers:
-            rows.append((where, {"fault": f"captions.json has no {{'q', 'a': [...]}} under the ID {key!r}."}))
+            rows.append((where, Fault(f"captions.json has no {{'q', 'a': [...]}} under the ID {key!r}.")))
             continue
         for at, answer in enumerate(answers):
             row = {"id": f"{key}-{at}", "image": f"{one.get('path', '')}{file}", "question": said.get("q")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,14 @@ from typing import Any
 
 from lavish.common.errors import ConfigError, DataError, did_you_mean, shown
 from lavish.common.registry import registry
-from lavish.datasets.datasets.annotations import json_lines, read_annotations, read_json, read_text
+from lavish.datasets.datasets.annotations import (
+    Fault,
+    json_lines,
+    local_path,
+    read_annotations,
+    read_json,
+    read_text,
+)
 from lavish.datasets.formats import coco, folders, records, tables
 from lavish.datasets.formats.samples import Options, Pictures, Sample
 
@@ -31,8 +39,8 @@ class Source:
     path: str
     format: str
     rows: Iterable[tuple[str, Any]]
-    """(where a row is, the row); a sequence, unless the data are a stream."""
-    convert: Callable[[Any], Sample]
+    """(where a row is, the row or its `Fault`); a sequence, unless the data are a stream."""
+    convert: Converter
     """row -> sample, `id` included where the row has one."""
 
     @property
@@ -83,7 +91,7 @@ def open_data(
         streaming: go through parquet without a table in memory.
 
     Raises:
-        ConfigError: an unknown format.
+        ConfigError: an unknown format, or a path that can be none.
         DataError: nothing there, empty, damaged, or of no known form; says which.
         MissingDependency: parquet without the package `datasets`.
     """
@@ -91,18 +99,18 @@ def open_data(
         raise ConfigError(
             f"format {shown(format)} is unknown.{did_you_mean(str(format), FORMATS)} Known: {', '.join(FORMATS)}."
         )
-    options = Options(None if images is None else Path(images).expanduser(), prompt)
+    options = Options(None if images is None else local_path(images, "images"), prompt)
     if options.images is not None and not options.images.is_dir():
         raise DataError(f"{options.images}: no such folder of pictures.")
-    name, place = str(path), Path(path).expanduser()
-    if format == "webdataset" or place.suffix == ".tar":
-        return _shards(name, options)
+    name, place = str(path), local_path(path, "path")
+    if format == "webdataset" or (place.suffix == ".tar" and not place.is_dir()):
+        return _shards(str(place), format, options)
     if place.is_dir():
         return _folder(place, format, options, streaming)
     if not place.is_file():
         raise DataError(f"{name}: no such file or folder.{_nearest(name, place)}")
     if format == "hf" or place.suffix == ".parquet":
-        return _table(place, options, streaming)
+        return _table(place, format, options, streaming)
     if place.suffix == ".p":
         raise DataError(f"{name}: a pickle is not read, it would run what it says; give rows: {FORMATS['refcoco']}.")
     return _file(place, format, options)
@@ -121,9 +129,9 @@ def _nearest(name: str, place: Path) -> str:
 def _file(path: Path, format: str | None, options: Options) -> Source:
     text = read_text(path)
     if path.suffix == ".jsonl":
-        rows: coco.Rows = [(f"{path.name}, row {at}", row) for at, row in json_lines(text, path)]
+        rows: coco.Rows = [(f"{path.name}, row {at}", row) for at, row in json_lines(text)]
     elif path.suffix in (".csv", ".tsv"):
-        rows = [(f"{path.name}, row {at}", row) for at, row in enumerate(read_annotations(path), start=2)]
+        rows = [(f"{path.name}, row {at}", _of_cells(row)) for at, row in enumerate(read_annotations(path), start=2)]
     else:
         loaded = read_json(path, text)
         if isinstance(loaded, Mapping) and (whole := format or coco.kind_of(loaded)) in coco.READERS:
@@ -133,10 +141,35 @@ def _file(path: Path, format: str | None, options: Options) -> Source:
         rows = _listed(loaded, path)
     if not rows:
         raise DataError(f"{path}: holds no rows.")
-    kind = format or _kind_of_rows(rows, str(path))
-    if kind not in records.KINDS:
-        raise DataError(f"{path}: is no {kind}, which is a {FORMATS[kind]}.")
+    kind = _row_kind(path, format) or _kind_of_rows(rows, str(path))
     return _of_records(path, kind, rows, kind, Pictures.beside(path.parent, options), options)
+
+
+def _of_cells(row: dict[str, str]) -> dict[str, Any]:
+    """Read the cells of a table that hold a list or an object as JSON, and the size of a picture as numbers."""
+    return {name: _cell(name, text) for name, text in row.items()}
+
+
+def _cell(name: str, text: str) -> Any:
+    if name in ("width", "height") and text.isdecimal() and len(text) < 10:
+        return int(text)
+    if text[:1] + text[-1:] not in ("[]", "{}"):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _row_kind(path: Path | str, format: str | None, own: str | None = None) -> str | None:
+    """Give the kind of rows that a format names; None where each row says, as in the format `own`.
+
+    Raises:
+        DataError: it names no rows.
+    """
+    if format is not None and format != own and format not in records.KINDS:
+        raise DataError(f"{path}: is no {format}, which is {FORMATS[format]}.")
+    return None if format == own else format
 
 
 def _listed(loaded: Any, path: Path) -> coco.Rows:
@@ -156,7 +189,9 @@ def _kind_of_rows(rows: Sequence[tuple[str, Any]], path: str) -> str:
         row = records.as_row(value)
         if isinstance(row, Mapping) and (kind := records.kind_of(row)) is not None:
             return kind
-    first = rows[0][1]
+    where, first = rows[0]
+    if isinstance(first, Fault):
+        raise DataError(f"{path}, {where.rpartition(', ')[2]}: {first}")
     found = ", ".join(map(str, first)) if isinstance(first, Mapping) else shown(first)
     raise DataError(f"{path}: its rows ({found}) are of no form that lavish knows. {_known()}")
 
@@ -183,11 +218,11 @@ class Converter:
     """What makes a row of what the file has."""
 
     def __call__(self, row: Any) -> Sample:
+        if isinstance(row, Fault):
+            raise DataError(row)
         record = records.as_row(row if self.before is None else self.before(row))
         if not isinstance(record, Mapping):
             raise DataError(f"{shown(record)} where an object is expected.")
-        if "fault" in record:
-            raise DataError(str(record["fault"]))
         kind = self.kind or records.kind_of(record)
         if kind is None:
             raise DataError(f"its fields ({', '.join(map(str, record))}) are of no form that lavish knows.")
@@ -197,14 +232,15 @@ class Converter:
 
 
 def _folder(folder: Path, format: str | None, options: Options, streaming: bool) -> Source:
-    kind = format or folders.kind_of(folder)
+    kind = folders.kind_of(folder) if format is None or format in records.KINDS else format
     if kind == "hf":
-        return _table(folder, options, streaming)
+        return _table(folder, format, options, streaming)
     if kind == "webdataset":
-        return _shards(str(folder), options)
-    if kind not in folders.READERS:
+        return _shards(str(folder), format, options)
+    if kind not in folders.READERS or format in records.KINDS:
         inside = folders.data_files(folder)
-        hint = f" Name a file in it: {', '.join(inside[:5])}." if inside else f" {_known()}"
+        shards = " Or say --format webdataset for its shards." if folders.shards_in(folder) else ""
+        hint = f" Name a file in it: {', '.join(inside[:5])}.{shards}" if inside else f" {_known()}"
         raise DataError(f"{folder}: a folder of no form that lavish knows.{hint}")
     rows = folders.READERS[kind][1](folder)
     pictures = Pictures.beside(folder, options)
@@ -219,19 +255,20 @@ def _folder(folder: Path, format: str | None, options: Options, streaming: bool)
 def _without_place(row: dict[str, Any]) -> dict[str, Any]:
     """Take the picture's place out of a question of VLM-learning: every family has its own."""
     question = row.get("question")
-    if "fault" in row or not isinstance(question, str):
+    if not isinstance(question, str):
         return row
     if question.count(folders.PLACE) != 1:
         raise DataError(f"the question has {question.count(folders.PLACE)} of {folders.PLACE}; one picture is named.")
     return {**row, "question": question.replace(folders.PLACE, "").strip()}
 
 
-def _table(path: Path, options: Options, streaming: bool) -> Source:
+def _table(path: Path, format: str | None, options: Options, streaming: bool) -> Source:
+    kind = _row_kind(path, format, "hf")
     rows = tables.open_table(path, streaming=streaming)
     folder = path if path.is_dir() else path.parent
-    return Source(str(path), "hf", rows, Converter(None, Pictures.beside(folder, options), options))
+    return Source(str(path), "hf", rows, Converter(kind, Pictures.beside(folder, options), options))
 
 
-def _shards(path: str, options: Options) -> Source:
-    pictures = Pictures.beside(Path(path).parent, options)
-    return Source(path, "webdataset", tables.open_shards(path), Converter(None, pictures, options, tables.shard_record))
+def _shards(path: str, format: str | None, options: Options) -> Source:
+    kind, pictures = _row_kind(path, format, "webdataset"), Pictures.beside(Path(path).parent, options)
+    return Source(path, "webdataset", tables.open_shards(path), Converter(kind, pictures, options, tables.shard_record))

@@ -14,11 +14,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lavish.common.errors import DataError, LavishError
+from lavish.common.errors import ConfigError, DataError, LavishError
 from lavish.common.media import open_image
 from lavish.common.messages import Message, normalize
 from lavish.datasets.formats.checking import IGNORE_INDEX, problem_of
 from lavish.datasets.formats.samples import Sample
+from lavish.datasets.formats.writing import told
 
 MAX_SIDE = 480
 """Pixels of a picture's longer side on the page."""
@@ -126,10 +127,19 @@ def _text_pieces(ids: Sequence[int], offset: int, kind: str, tokenizer: Any, spe
 
 
 def write_page(path: Path, shown: Sequence[Shown], *, title: str, facts: Sequence[tuple[str, str]]) -> None:
-    """Write the page, whole or not at all. `facts` are (name, value) for its head."""
+    """Write the page, whole or not at all. `facts` are (name, value) for its head.
+
+    Raises:
+        ConfigError: the path is a folder's.
+        OutputError: it cannot be written.
+    """
     from lavish.common.config import write_text
 
-    write_text(page(shown, title=title, facts=facts), path)
+    text = page(shown, title=title, facts=facts).encode("utf-8", "backslashreplace")  # names of files need not be UTF-8
+    with told(path):
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder; name the file to write.")
+        write_text(text.decode(), path)
 
 
 def page(shown: Sequence[Shown], *, title: str, facts: Sequence[tuple[str, str]]) -> str:

@@ -28,6 +28,8 @@ DESCRIBE = "Describe this image."
 EXPRESSIONS = ("expression", "sentence", "sent", "ref", "phrase", "text", "caption")
 BOXES = ("bbox", "box")
 IMAGES = ("image", "images", "image_path", "img", "image_file", "file_name")
+MAX_PIXELS = 1_000_000_000
+"""No side of a picture is longer."""
 ANSWERS = ("answer", "answers", "direct_answers", "multiple_choice_answer")
 
 
@@ -223,43 +225,61 @@ def most_frequent(given: Any) -> str:
 
 def referring_sample(row: Mapping[str, Any], pictures: Pictures, options: Options) -> Sample:
     """A phrase and where it is: `bbox` (x, y, width, height, as COCO) or `box` (corners), pixels; width and height."""
-    expression = _text(_first(row, EXPRESSIONS), "the expression")
+    expression = expression_of(row)
     question = (
         filled(options.prompt, "expr", expression) if options.prompt else grounding.prompt("locate", expr=expression)
     )
-    box = Box.from_pixels(corners(row), size_of(row))
+    box = box_of(row)
     return {"messages": pair(question, grounding.render([("", [box])]), _some(row, pictures)), "box": box.rel}
 
 
-def corners(row: Mapping[str, Any]) -> list[float]:
-    """Give a row's box as corners in pixels.
+def expression_of(row: Mapping[str, Any]) -> str:
+    """Give a row's phrase.
 
     Raises:
-        DataError: no four numbers, or an empty box.
+        DataError: there is none.
+    """
+    return _text(_first(row, EXPRESSIONS), "the expression")
+
+
+def box_of(row: Mapping[str, Any]) -> Box:
+    """Give a row's box in thousandths of its picture.
+
+    Raises:
+        DataError: no four numbers of pixels, an empty box, one beside the picture, or no size of that.
     """
     name = "box" if row.get("box") is not None else "bbox"
     given = row.get(name)
     values = listed(given)
-    if len(values) != 4 or not all(isinstance(one, int | float) and not isinstance(one, bool) for one in values):
-        raise DataError(f"{name} is {shown(given)}; four numbers are expected.")
+    if len(values) != 4 or not all(_is_pixels(one) for one in values):
+        raise DataError(f"{name} is {shown(given)}; four numbers of pixels are expected.")
     x0, y0, x1, y1 = (float(one) for one in values)
     if name == "bbox":
         x1, y1 = x0 + x1, y0 + y1
     if not (x0 < x1 and y0 < y1):
         form = "x, y, width, height" if name == "bbox" else "corners"
         raise DataError(f"{name} is {shown(given)}, which is empty as {form}.")
-    return [x0, y0, x1, y1]
+    width, height = size_of(row)
+    if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
+        raise DataError(f"{name} is {shown(given)}, which lies beside the picture of {width} x {height} pixels.")
+    return Box.from_pixels((x0, y0, x1, y1), (width, height))
+
+
+def _is_pixels(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_PIXELS  # NaN is not
 
 
 def size_of(row: Mapping[str, Any]) -> tuple[int, int]:
     """Give the width and height of a row's picture.
 
     Raises:
-        DataError: absent or no numbers above 0.
+        DataError: absent or no whole numbers above 0.
     """
     width, height = row.get("width"), row.get("height")
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (width, height)):
-        raise DataError(f"width and height are {shown(width)} and {shown(height)}; the picture's size is needed.")
+    if not all(isinstance(side, int) and _is_pixels(side) and side > 0 for side in (width, height)):
+        raise DataError(
+            f"width and height are {shown(width)} and {shown(height)}; the picture's size in pixels is needed."
+        )
     return int(width), int(height)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,9 @@ ROLES = {
     "system": "system",
 }
 """Names of speakers in the data that people have, in lower case."""
-_URL = re.compile(r"https?://", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+MAX_NAME_CHARS = 255
+"""Of one part of a path, on the usual file systems."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Pictures:
         """Give what `open_image` takes: a path that exists, encoded bytes or a data URL.
 
         Raises:
-            DataError: no such file, or a web address.
+            DataError: no such file, or a URL.
         """
         if isinstance(source, Mapping):  # the Image feature of Hugging Face datasets, undecoded
             source = source.get("bytes") or source.get("path")
@@ -60,14 +62,18 @@ class Pictures:
             raise DataError(f"the picture is {shown(source)}; the name of a file is expected.")
         if source[:5].lower() == "data:":
             return source
-        if _URL.match(source):
-            raise DataError(f"the picture {shown(source)} is a web address; fetch it and name the file.")
-        places = [root / source for root in self.roots]
-        for place in places:
-            if os.path.isfile(place):  # Path.is_file raises for a name that is too long
-                return str(place)
-        looked = " or ".join(dict.fromkeys(str(place.parent) for place in places))
-        raise DataError(f"the picture or video {shown(source)} is missing; looked in {looked}.")
+        if found := _URL.match(source):
+            is_web = found[0].lower() in ("https://", "http://")
+            advice = (
+                "is a web address; fetch it and name the file." if is_web else "is a URL; name the file by its path."
+            )
+            raise DataError(f"the picture {shown(source)} {advice}")
+        for root in self.roots:
+            if os.path.isfile(root / source):  # Path.is_file raises for a name that is too long
+                return str(root / source)
+        hint = " Base64 text needs 'data:image/png;base64,' before it." if len(source) > MAX_NAME_CHARS else ""
+        looked = "" if os.path.isabs(source) else f"; looked in {' or '.join(map(str, self.roots))}"
+        raise DataError(f"the picture or video {shown(source)} is missing{looked}.{hint}")
 
 
 def listed(value: Any) -> list[Any]:

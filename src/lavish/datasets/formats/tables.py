@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, overload
 
 from lavish.common.errors import DataError, MissingDependency
-from lavish.datasets.datasets.tar_shards import expand, read_shard
+from lavish.datasets.datasets.annotations import Fault
+from lavish.datasets.datasets.tar_shards import PICTURES, TEXTS, expand, read_shard
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
-TEXTS = ("json", "txt", "cls")
+_FAULTS = (OSError, ValueError, TypeError, LookupError, NotImplementedError)
+"""What pyarrow's errors refine, and what comes of text that is no UTF-8."""
 
 
-class TableRows(Sequence[tuple[str, dict[str, Any]]]):
-    """Rows of a Hugging Face dataset, by number; a picture is `{"bytes", "path"}`."""
+class TableRows(Sequence[tuple[str, Any]]):
+    """Rows of a Hugging Face dataset, by number; a picture is `{"bytes", "path"}`, a row that is damaged a `Fault`."""
 
     def __init__(self, table: Any, name: str) -> None:
         self.table, self.name = table, name
@@ -28,15 +29,19 @@ class TableRows(Sequence[tuple[str, dict[str, Any]]]):
         return len(self.table)
 
     @overload
-    def __getitem__(self, index: int) -> tuple[str, dict[str, Any]]: ...
+    def __getitem__(self, index: int) -> tuple[str, Any]: ...
     @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, dict[str, Any]]]: ...
+    def __getitem__(self, index: slice) -> list[tuple[str, Any]]: ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return f"{self.name}, row {index % len(self) + 1}", self.table[index]
+        try:
+            row = self.table[index]
+        except _FAULTS as error:
+            row = Fault(f"cannot be read ({error}).")
+        return f"{self.name}, row {index % len(self) + 1}", row
 
 
 class TableStream:
@@ -46,7 +51,15 @@ class TableStream:
         self.table, self.name = table, name
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for at, row in enumerate(self.table, start=1):
+        rows, at = iter(self.table), 0
+        while True:
+            at += 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except _FAULTS as error:  # the stream ends with it
+                raise DataError(f"{self.name}: cannot be read from row {at} on ({error}).") from error
             yield f"{self.name}, row {at}", row
 
 
@@ -77,7 +90,7 @@ def shard_record(row: dict[str, Any]) -> dict[str, Any]:
     try:
         said = files[text].decode("utf-8")
         loaded = json.loads(said) if text == "json" else {"caption": said.strip()}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"its .{text} cannot be read: {error}.") from error
     if not isinstance(loaded, dict):
         raise DataError(f"its .json holds {type(loaded).__name__}; an object is expected.")
@@ -96,9 +109,11 @@ def open_shards(path: str) -> ShardStream:
     """
     place = Path(path)
     shards = sorted(map(str, place.glob("*.tar"))) if place.is_dir() else expand(path)
+    if not shards:
+        raise DataError(f"{path}: the folder holds no shard (.tar).")
     absent = [shard for shard in shards if not Path(shard).is_file()]
-    if absent or not shards:
-        raise DataError(f"{absent[0] if absent else path}: no such shard ({len(absent)} of {len(shards)} are missing).")
+    if absent:
+        raise DataError(f"{absent[0]}: no such shard ({len(absent)} of {len(shards)} are missing).")
     return ShardStream(shards)
 
 
@@ -126,8 +141,9 @@ def open_table(path: Path, *, streaming: bool = False) -> TableRows | TableStrea
             table = datasets.load_from_disk(str(path))
         else:
             table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"{path}: the package datasets cannot read it: {error}.") from error
+    except (*_FAULTS, datasets.exceptions.DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).rstrip(".")
+        raise DataError(f"{path}: the package datasets cannot read it: {reason}.") from error
     if isinstance(table, dict):
         if "train" not in table and len(table) > 1:
             raise DataError(f"{path}: holds the splits {', '.join(table)}; name the folder of one.")
