@@ -16,8 +16,8 @@ from lavish.common import config as configs
 from lavish.common.errors import ConfigError, MissingKeys, ShapeMismatch, UnexpectedKeys
 from lavish.datasets.scenes.tokenizer import COORDINATE_BASE
 from lavish.datasets.scenes.world import dense_labels, sample_scene
-from lavish.inference.load import load
-from lavish.runners.recipe import setup_task, stage_configs
+from lavish.inference.load import POCKET, load
+from lavish.runners.recipe import load_recipe, setup_task, stage_configs
 from lavish.tasks.scenes import LEARNER_FILE, ScenesTask, export
 from lavish.tasks.scenes_learner import (
     CODE_SIZE,
@@ -28,6 +28,7 @@ from lavish.tasks.scenes_learner import (
     spread_cross_entropy,
 )
 
+GO_ON = Path(__file__).resolve().parents[2] / "projects/pocket/go_on.yaml"
 TOWER = ("heads.", "network.model.vision.patch_embedding.", "network.model.vision.transformer.")
 
 
@@ -214,6 +215,19 @@ def test_the_joint_stage_starts_from_both_others(tmp_path: Path) -> None:
 def test_a_stage_that_has_not_finished_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stage 'joint' starts from stage 'tower', which has not finished; run it"):
         task(tmp_path, "joint").build_model()
+
+
+def test_a_stage_starts_from_the_bundled_model(tmp_path: Path) -> None:
+    options = [f"run.output_dir={tmp_path}", "model.config.vision_config.num_hidden_layers=5"]
+    ((_, merged),) = stage_configs(load_recipe(GO_ON, options[:1]))
+    learner = setup_task(merged).build_model(None)
+    stored = load_file(POCKET / "model.safetensors")
+    state = learner.state_dict()
+    assert {name.removeprefix("network.") for name in state if name.startswith("network.")} == set(stored)
+    assert all(torch.equal(state[f"network.{name}"], tensor.float()) for name, tensor in stored.items())
+    ((_, other),) = stage_configs(load_recipe(GO_ON, options))
+    with pytest.raises(UnexpectedKeys, match="another network than the bundled one"):
+        setup_task(other).build_model(None)
 
 
 def test_a_stage_of_another_network_is_refused(tmp_path: Path) -> None:

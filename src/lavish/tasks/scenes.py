@@ -36,6 +36,7 @@ from lavish.datasets.scenes.tokenizer import (
     save_tokenizer,
 )
 from lavish.datasets.scenes.world import GRID, draw, sample_scene
+from lavish.inference.load import POCKET
 from lavish.inference.vlm import VLM
 from lavish.models import family
 from lavish.models.cogvlm.config import CogVLMConfig
@@ -43,7 +44,10 @@ from lavish.models.cogvlm.model import CogVLMForCausalLM
 from lavish.tasks.base_task import BaseTask, TrainingData
 from lavish.tasks.scenes_learner import SceneLearner, check_shape, initialise
 
+BUNDLED = "bundled"
+"""What stages call the model that comes with lavish, the network alone: dense heads, where a stage has any, are new."""
 LEARNER_FILE, MODEL_FOLDER, ANSWERS_FILE = "learner.safetensors", "model", "answers.jsonl"
+NETWORK = "network."
 TOWER_PARTS = ("heads.", "network.model.vision.patch_embedding.", "network.model.vision.transformer.")
 """What the tower stage trains; the decoder stage trains the rest."""
 TOKEN_IDS = {"bos_token_id": BOS_TOKEN_ID, "eos_token_id": EOS_TOKEN_ID, "pad_token_id": PAD_TOKEN_ID}
@@ -66,9 +70,9 @@ class SceneTaskConfig:
     attn_implementation: Literal["eager", "sdpa"] = "eager"
     """How training attends; at these sizes eager is the faster one in bfloat16 on CPU."""
     tower_from: str = ""
-    """Stage whose tower and dense heads to start from; none: new ones."""
+    """Stage whose tower and dense heads to start from; none: new ones. `bundled`: the tower of the bundled model."""
     decoder_from: str = ""
-    """Stage whose merge, projector and decoder to start from; none: new ones."""
+    """Stage whose merge, projector and decoder to start from, or `bundled`; none: new ones."""
 
 
 @dataclass
@@ -219,14 +223,13 @@ class ScenesTask(BaseTask):
         return learner
 
     def _take_over(self, learner: SceneLearner, stage: str, is_tower: bool) -> None:
-        path = self.stage_folder.parent / stage / LEARNER_FILE
-        if not path.is_file():
-            raise ConfigError(
-                f"{path}: stage {self.task.stage!r} starts from stage {stage!r}, which has not finished; run it first."
-            )
-        found = {name: tensor for name, tensor in load_file(path).items() if name.startswith(TOWER_PARTS) == is_tower}
+        path, stored = self._stored(stage)
+        found = {name: tensor for name, tensor in stored.items() if name.startswith(TOWER_PARTS) == is_tower}
         wanted = {name for name in learner.state_dict() if name.startswith(TOWER_PARTS) == is_tower}
         advice = f"Stage {stage!r} trained another network than the recipe describes: delete its folder, run it anew."
+        if stage == BUNDLED:
+            wanted = {name for name in wanted if name.startswith(NETWORK)}
+            advice = "The recipe describes another network than the bundled one; give model.config its sizes."
         if absent := sorted(wanted - set(found)):
             raise MissingKeys(f"{path}: {len(absent)} tensors are absent, first {absent[0]!r}. {advice}")
         if unexpected := sorted(set(found) - wanted):
@@ -235,6 +238,18 @@ class ScenesTask(BaseTask):
             learner.load_state_dict(found, strict=False)
         except RuntimeError as error:
             raise ShapeMismatch(f"{path}: {error}. {advice}") from error
+
+    def _stored(self, stage: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        """Read what a stage has learnt: the file, and its tensors by the learner's names."""
+        if stage == BUNDLED:
+            path = POCKET / "model.safetensors"
+            return path, {f"{NETWORK}{name}": tensor.float() for name, tensor in load_file(path).items()}
+        path = self.stage_folder.parent / stage / LEARNER_FILE
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: stage {self.task.stage!r} starts from stage {stage!r}, which has not finished; run it first."
+            )
+        return path, load_file(path)
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
         """Compute the losses of one batch, and the share of right tokens, which is logged beside them."""
