@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import lavish
@@ -36,6 +37,10 @@ def test_gpt_dialogue_learns_drawn_dialogues(tmp_path: Path, monkeypatch: pytest
     few = {f"{sizes}.train.num_samples": 40, f"{sizes}.val.num_samples": 4, "run.max_epoch": 2}
     losses = learn("gpt_dialogue/train/scenes.yaml", tmp_path / "out", **few)
     assert losses[-1] < 0.6 * losses[0]
+    # Trap 9 of LAVIS: it keeps the weights of the highest validation loss as the best.
+    first, second = map(json.loads, (tmp_path / "out/validations.jsonl").read_text().splitlines())
+    assert second["agg_metrics"] < first["agg_metrics"]
+    assert torch.load(tmp_path / "out/checkpoint_best.pth", weights_only=True)["epoch"] == second["epoch"]
     trained = {"model.finetuned": tmp_path / "out/checkpoint_best.pth", f"{sizes}.test.num_samples": 8}
     splits = measure("gpt_dialogue/eval/scenes_eval.yaml", tmp_path / "scored", **trained)
     found = splits["scenes_dialogue/test"]
