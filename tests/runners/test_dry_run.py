@@ -10,7 +10,7 @@ from test_lavis_recipe import Swap
 from torch import nn
 
 from lavish.cli import main
-from lavish.runners.dry_run import GPUS_GIB, Plan, _Saved, plan
+from lavish.runners.dry_run import GPUS_GIB, Plan, _Made, _Saved, plan
 from lavish.runners.parts import Part, part_name, parts_of
 from lavish.runners.recipe import check, open_recipe
 
@@ -45,10 +45,26 @@ def test_what_the_backward_pass_keeps_is_counted_once_and_without_weights() -> N
     assert saved.num_bytes == rows.nbytes + out.nbytes
 
 
+def test_the_peak_of_a_pass_is_followed() -> None:
+    layers = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    rows = torch.randn(4, 8)
+    with _Made([*layers.parameters(), rows]) as made:
+        summed = layers(rows).sum()
+        assert made.most_bytes == 2 * rows.nbytes + summed.nbytes
+        assert made.now_bytes == rows.nbytes + summed.nbytes, "the second layer's output is not kept"
+        summed.backward()
+    del summed
+    gradients = sum(weight.nbytes for weight in layers.parameters())
+    assert made.now_bytes == gradients
+    assert made.most_bytes > gradients
+
+
 def test_memory_and_the_gpus_that_it_fits_on() -> None:
     part = Part(trained=1, weight_bytes=20 * 2**30, gradient_bytes=2**30, optimizer_bytes=2 * 2**30)
-    one = Plan("run", "cpu", {"all": part}, 10, 40, 1, 2**30, 1.0)
+    one = Plan("run", "cpu", {"all": part}, 10, 40, 1, 2**30, 1.0, pass_bytes=2 * 2**30, update_bytes=2**29)
     assert one.memory_bytes == 24 * 2**30
+    updating = Plan("run", "cpu", {"all": part}, 10, 40, 1, 2**30, 1.0, pass_bytes=2**30, update_bytes=2 * 2**30)
+    assert updating.memory_bytes == 25 * 2**30
     assert one.fits == [name for name, gib in GPUS_GIB.items() if gib > 24]
 
 
@@ -57,7 +73,7 @@ def test_a_lavis_recipe_is_probed_and_nothing_is_written(tmp_path: Path, capsys:
     ((name, config),) = check(open_recipe(path))
     one = plan(config, name)
     assert (one.num_steps, one.num_samples, one.passes_per_step) == (4, 12, 2)
-    assert one.activation_bytes > 0
+    assert one.pass_bytes > one.activation_bytes > 0
     assert one.step_seconds > 0
     assert main(["train", "--cfg-path", str(path), "--dry-run"]) == 0
     shown = capsys.readouterr().out

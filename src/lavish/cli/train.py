@@ -172,9 +172,8 @@ def _show_dry_run(plan: Plan) -> None:
         table.add_row(name, human_count(trained), human_count(frozen), *(human_bytes(size) for size in sizes))
     shown = console()
     shown.print(table)
-    memory = f"{human_bytes(plan.memory_bytes)}, of it {human_bytes(plan.activation_bytes)} activations"
-    measured = "" if plan.peak_bytes is None else f"; the probe took {human_bytes(plan.peak_bytes)} without optimizer"
-    shown.print(f"memory of one process: about {memory}{measured}", markup=False, soft_wrap=True)
+    memory = f"{human_bytes(plan.memory_bytes)} at the peak; activations take {human_bytes(plan.activation_bytes)}"
+    shown.print(f"memory of one process: about {memory}", markup=False, soft_wrap=True)
     shown.print(f"fits on: {', '.join(plan.fits) or 'none of the common GPUs'}", markup=False, soft_wrap=True)
     seconds = plan.num_steps * plan.step_seconds
     shown.print(

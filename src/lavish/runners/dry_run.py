@@ -1,17 +1,24 @@
 """What a run would take, before it is started: what learns, memory by part, steps, and the time of a step by a probe.
 
-The model is built and its data are opened; a few forward and backward passes are made, and nothing is written.
+The model is built and its data are opened; a few forward and backward passes are made, and nothing is written. The
+memory of a pass is measured, by CUDA's allocator or by following each tensor that is made; to it come the optimizer's
+states, which a run has from its first step on.
 """
 
 from __future__ import annotations
 
 import time
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lavish.common import config as configs
 from lavish.common.config import Config
@@ -42,8 +49,12 @@ class Plan:
     """What the backward pass of one forward pass keeps."""
     step_seconds: float
     """Measured, over `passes_per_step` passes of one process."""
-    peak_bytes: int | None = None
-    """Measured by CUDA in the probe, with gradients and without the optimizer; None on other devices."""
+    pass_bytes: int = 0
+    """Measured: the most that a pass held beside the weights, gradients and what was soon dropped included."""
+    update_bytes: int = 0
+    """What the optimizer makes and drops in its step."""
+    average_bytes: int = 0
+    """The mean of the weights, where one is kept."""
     notes: list[str] = field(default_factory=list)
 
     def total(self, kind: str) -> int:
@@ -52,9 +63,9 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """The estimated peak: weights, gradients, the optimizer's state and activations."""
-        kept = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
-        return sum(self.total(kind) for kind in kept) + self.activation_bytes
+        """The estimated peak: weights and the optimizer's states, and beside them a pass or the optimizer's step."""
+        stays = self.total("weight_bytes") + self.total("optimizer_bytes") + self.average_bytes
+        return stays + max(self.pass_bytes, self.total("gradient_bytes") + self.update_bytes)
 
     @property
     def fits(self) -> list[str]:
@@ -74,7 +85,7 @@ def plan(config: Any, name: str = "run") -> Plan:
     """
     with TemporaryDirectory() as folder:
         runner = _runner(_elsewhere(config, folder))
-        seconds, activations, peak = _probe(runner)
+        probe = _probe(runner)
         return Plan(
             name=name,
             device=str(runner.device),
@@ -82,9 +93,11 @@ def plan(config: Any, name: str = "run") -> Plan:
             num_steps=runner.num_steps,
             num_samples=runner.span(runner.num_steps - 1).stop,
             passes_per_step=len(runner.passes(0)),
-            activation_bytes=activations,
-            step_seconds=seconds * len(runner.passes(0)),
-            peak_bytes=peak,
+            activation_bytes=probe.kept_bytes,
+            step_seconds=probe.seconds * len(runner.passes(0)),
+            pass_bytes=probe.pass_bytes,
+            update_bytes=_update_bytes(runner),
+            average_bytes=_learns(runner.model) if runner.average is not None else 0,
         )
 
 
@@ -104,26 +117,101 @@ def _runner(config: Any) -> RunnerBase:
     return registry.get_runner_class(run.runner)(told, task, model, datasets)
 
 
-def _probe(runner: RunnerBase) -> tuple[float, int, int | None]:
-    """Make a few passes; give the seconds of one, the bytes that its backward pass keeps, and CUDA's peak."""
-    is_cuda = runner.device.type == "cuda"
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
+@dataclass
+class _Probe:
+    """What a few passes took."""
+
+    seconds: float = 0.0
+    """Of one."""
+    kept_bytes: int = 0
+    """For the backward pass."""
+    pass_bytes: int = 0
+    """At the peak, beside the weights."""
+
+
+def _probe(runner: RunnerBase) -> _Probe:
+    """Make three passes: what one keeps, how long one takes, and the peak of one."""
+    probe = _Probe()
     runner.model.train()
-    batches, best, kept = runner._batches(), float("inf"), 0
-    for number in range(min(NUM_PROBES, runner.num_steps * len(runner.passes(0)))):
-        _, samples = next(batches)
-        started = time.perf_counter()
-        with _Saved(runner.model) as saved:
-            losses = runner._forward(runner.called, samples)
-        kept = max(kept, saved.num_bytes)
-        runner.engine.backward(losses["loss"])
-        if is_cuda:
-            torch.cuda.synchronize()
+    batches = [samples for _, samples in islice(runner._batches(), NUM_PROBES)]
+    with _Saved(runner.model) as saved:
+        losses = runner._forward(runner.called, batches[0])
+    probe.kept_bytes = saved.num_bytes
+    runner.engine.backward(losses["loss"])
+    del losses
+    runner.optimizer.zero_grad()
+    started = time.perf_counter()
+    _pass(runner, batches[1 % len(batches)])
+    probe.seconds = time.perf_counter() - started
+    if len(runner.passes(0)) == 1:  # else the gradients of the first pass of a step lie there during the next one
         runner.optimizer.zero_grad()
-        seconds = time.perf_counter() - started
-        best = seconds if number == 0 else min(best, seconds)
-    return best, kept, torch.cuda.max_memory_allocated() if is_cuda else None
+    probe.pass_bytes = _peak_of_pass(runner, batches[-1])
+    runner.optimizer.zero_grad()
+    return probe
+
+
+def _pass(runner: RunnerBase, samples: dict[str, Any]) -> None:
+    losses = runner._forward(runner.called, samples)
+    runner.engine.backward(losses["loss"])
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_of_pass(runner: RunnerBase, samples: dict[str, Any]) -> int:
+    """Make a pass, and give the most that it held beside the weights."""
+    gradients = [weight.grad for weight in runner.model.parameters() if weight.grad is not None]
+    if runner.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        _pass(runner, samples)
+        weights = sum(part.weight_bytes for part in parts_of(runner.model, runner.run.optimizer).values())
+        return torch.cuda.max_memory_allocated() - weights
+    held = [*runner.model.parameters(), *runner.model.buffers(), *gradients]
+    with _Made(held) as made:
+        _pass(runner, samples)
+    return sum(gradient.nbytes for gradient in gradients) + made.most_bytes
+
+
+def _learns(model: nn.Module) -> int:
+    return sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+
+
+def _update_bytes(runner: RunnerBase) -> int:
+    """Give what torch's AdamW makes in a step: a root of each second moment, of all weights at once on CUDA."""
+    sizes = [weight.nbytes for weight in runner.model.parameters() if weight.requires_grad]
+    return sum(sizes) if runner.device.type == "cuda" else 2 * max(sizes)
+
+
+class _Made(TorchDispatchMode):
+    """Follows the tensors that are made, each storage once, until they are dropped.
+
+    Args:
+        held: those that were there before.
+    """
+
+    def __init__(self, held: Iterable[torch.Tensor]):
+        super().__init__()
+        self.now_bytes, self.most_bytes = 0, 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in held}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, num_bytes = storage._cdata, storage.nbytes()
+        if address in self._known:
+            return
+        self._known.add(address)
+        self.now_bytes += num_bytes
+        self.most_bytes = max(self.most_bytes, self.now_bytes)
+        weakref.finalize(storage, self._forget, address, num_bytes)
+
+    def _forget(self, address: int, num_bytes: int) -> None:
+        self._known.discard(address)
+        self.now_bytes -= num_bytes
 
 
 class _Saved:

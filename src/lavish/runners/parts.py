@@ -28,7 +28,7 @@ def parts_of(model: nn.Module, optimizer: str) -> dict[str, Part]:
     for name, weight in model.named_parameters():
         part = parts[part_name(name)]
         size = weight.numel() * weight.element_size()
-        part.weight_bytes += size
+        part.weight_bytes += size + _scale_bytes(weight)
         if weight.requires_grad:
             part.trained += weight.numel()
             part.gradient_bytes += size
@@ -36,6 +36,15 @@ def parts_of(model: nn.Module, optimizer: str) -> dict[str, Part]:
         else:
             part.frozen += weight.numel()
     return dict(parts)
+
+
+def _scale_bytes(weight: nn.Parameter) -> int:
+    """Give what lies beside a matrix in nf4: the scales of its blocks, and theirs."""
+    state, size = getattr(weight, "quant_state", None), 0  # bitsandbytes alone has it
+    while state is not None:
+        size += sum(one.nbytes for one in (state.absmax, state.code) if one is not None)
+        state = state.state2
+    return size
 
 
 def part_name(name: str) -> str:
