@@ -16,6 +16,22 @@ from lavish.common.errors import CheckpointError, ConfigError, DataError
 CONTENT = bytes(range(256)) * 40
 
 
+OK, PART = b"HTTP/1.0 200 OK\r\n", b"HTTP/1.0 206 Partial\r\n"
+ODD = {
+    "nonsense": b"hello\r\n",
+    "length": OK + b"Content-Length: many\r\n\r\nx",
+    "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nff\r\nab",
+    "gzip": OK + b"Content-Encoding: gzip\r\n\r\nabc",
+    "nothing": b"HTTP/1.0 204 No Content\r\n\r\n",
+    "elsewhere": b"HTTP/1.0 302 Found\r\nLocation: http://example.org/x.json\r\n\r\n",
+    "ftp": b"HTTP/1.0 302 Found\r\nLocation: ftp://example.org/x.json\r\n\r\n",
+    "bracket": b"HTTP/1.0 302 Found\r\nLocation: https://[x/x.json\r\n\r\n",
+    "other": PART + b"Content-Range: bytes 7-8/9\r\n\r\nab",
+    "all": PART + b"Content-Range: bytes 0-2/3\r\nContent-Length: 3\r\n\r\nabc",
+}
+"""Answers by the name that is asked for."""
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves CONTENT, from where a Range asks; `broken` answers stop half way, `/whole` knows no ranges."""
 
@@ -28,9 +44,15 @@ class Server(http.server.BaseHTTPRequestHandler):
         if "absent" in self.path:
             self.send_error(404)
             return
+        if (name := self.path.rpartition("/")[2].partition(".")[0]) in ODD:
+            self.close_connection = True
+            self.wfile.write(ODD[name])
+            return
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and "whole" not in self.path else 0
         if start >= len(CONTENT):
-            self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
+            self.end_headers()
             return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(CONTENT) - start))
@@ -93,6 +115,39 @@ def test_a_part_that_is_all_there(server: str) -> None:
     assert fetch(f"{server}/x.pth").read_bytes() == CONTENT
 
 
+def test_a_part_that_is_no_beginning(server: str, tmp_path: Path) -> None:
+    """Longer than the file, which is another one since: it starts anew and is not taken for the whole."""
+    (tmp_path / "x.json.part").write_bytes(CONTENT + b"more")
+    assert fetch(f"{server}/x.json", tmp_path / "x.json").read_bytes() == CONTENT
+    (tmp_path / "all.json.part").write_bytes(b"xx")
+    assert fetch(f"{server}/all.json", tmp_path / "all.json").read_bytes() == b"abc", "it sends all, and says so"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "hello"),
+        ("length", "invalid literal"),
+        ("chunks", "IncompleteRead"),
+        ("gzip", "the server sends it compressed"),
+        ("nothing", "the status 204 and no file"),
+        ("elsewhere", r"it redirects to http://example\.org/x\.json: only https is fetched"),
+        ("ftp", r"it redirects to ftp://example\.org/x\.json: only https is fetched"),
+        ("bracket", "Invalid IPv6 URL"),
+        ("other", "from byte 7 on, and byte 2 was asked for"),
+    ],
+)
+def test_odd_answers(name: str, message: str, server: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.json.part").write_bytes(b"xx")
+    with pytest.raises(DataError, match=rf"{name}\.json: could not be fetched \(.*{message}.*\)\. Run again"):
+        fetch(f"{server}/{name}.json", tmp_path / f"{name}.json", error=DataError)
+    assert not (tmp_path / f"{name}.json").exists()
+
+
+def test_a_name_with_spaces(server: str) -> None:
+    assert fetch(f"{server}/ü x.json").name == "ü x.json"
+
+
 def test_what_is_not_there(server: str) -> None:
     with pytest.raises(CheckpointError, match=r"absent\.pth: could not be fetched \(Not Found\)"):
         fetch(f"{server}/absent.pth")
@@ -142,7 +197,14 @@ def test_a_bar_on_a_terminal_only(server: str, capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    ("url", "message"), [("http://example.org/x.pth", "only https"), ("https://example.org/", "names no file")]
+    ("url", "message"),
+    [
+        ("http://example.org/x.pth", "only https"),
+        ("https://example.org/", "names no file"),
+        ("https://[x/y.pth", "is no URL"),
+        ("https://example.org:port/y.pth", "is no URL"),
+        ("ftp://localhost/y.pth", "only https"),
+    ],
 )
 def test_refused(url: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
