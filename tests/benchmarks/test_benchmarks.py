@@ -52,6 +52,15 @@ def test_batch_speed(run):
     assert printed.count("goal >= 3 x") == 4
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # as above
+def test_feature_cache(run):
+    pytest.importorskip("peft")
+    path = str(Path(__file__).parents[1] / "fixtures/glm4v/open/checkpoint")
+    printed = run("feature_cache", "--path", path, "--pictures", "2", "--batch-size", "1", "--rounds", "1")
+    for line in ("the same: True", "at most 0.0e+00 apart", "without / kept", "without / first"):
+        assert line in printed
+
+
 def test_inspect_speed(run):
     printed = run("inspect_speed", "--layers", "2", "--rounds", "1")
     for name in ("hf", "sat", "sat-4-ranks", "mindspore", "deepspeed"):

@@ -175,6 +175,8 @@ def _show_dry_run(plan: Plan) -> None:
     memory = f"{human_bytes(plan.memory_bytes)} at the peak; activations take {human_bytes(plan.activation_bytes)}"
     shown.print(f"memory of one process: about {memory}", markup=False, soft_wrap=True)
     shown.print(f"fits on: {', '.join(plan.fits) or 'none of the common GPUs'}", markup=False, soft_wrap=True)
+    for note in plan.notes:
+        shown.print(note, markup=False, soft_wrap=True)
     seconds = plan.num_steps * plan.step_seconds
     shown.print(
         f"{plan.num_steps:,} steps, {plan.num_samples:,} samples; a step takes {human_seconds(plan.step_seconds)} on "

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lavish.common.errors import ConfigError
+from lavish.nn.image_steps import ImageStep
 
 PROJECTOR_NORM_EPS = 1e-5  # the release leaves torch's default here; the tower's own norms have 1e-6
 
@@ -174,14 +175,38 @@ class EVA2CLIPModel(nn.Module):
 
     def encode(self, pixel_values: torch.Tensor, attn_implementation: str = "sdpa") -> torch.Tensor:
         """Give the patches before the projector: tower, no class row, merged. (images, tokens, merge or hidden)."""
-        hidden_states = self.transformer(self.patch_embedding(pixel_values), attn_implementation)[:, 1:]
+        return self.merge(self.patches(pixel_values, attn_implementation))
+
+    def patches(self, pixel_values: torch.Tensor, attn_implementation: str = "sdpa") -> torch.Tensor:
+        """Run the tower alone, and drop the class row. (images, 3, S, S) -> (images, patches, hidden)."""
+        return self.transformer(self.patch_embedding(pixel_values), attn_implementation)[:, 1:]
+
+    def merge(self, vision_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Merge 2x2 patches, where there is a convolution. (images, patches, hidden) -> (images, tokens, merge)."""
         if self.conv is None:
-            return hidden_states
-        grid = hidden_states.transpose(1, 2).unflatten(2, (self.grid_size, self.grid_size))
+            return vision_hidden_states
+        grid = vision_hidden_states.transpose(1, 2).unflatten(2, (self.grid_size, self.grid_size))
         return self.conv(grid).flatten(2).transpose(1, 2)
 
-    def forward(self, pixel_values: torch.Tensor, attn_implementation: str = "sdpa") -> torch.Tensor:
-        patches = self.linear_proj(self.encode(pixel_values, attn_implementation))
+    def project(self, vision_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Project merged patches; boi and eoi go around them. (images, tokens, merge) -> (images, tokens + 2, out)."""
+        patches = self.linear_proj(vision_hidden_states)
         boi, eoi = (row.expand(patches.shape[0], -1, -1) for row in (self.boi, self.eoi))
         rows = torch.cat((boi, patches, eoi), dim=1)
         return rows if self.scaling_factor == 1.0 else rows / self.scaling_factor
+
+    def forward(self, pixel_values: torch.Tensor, attn_implementation: str = "sdpa") -> torch.Tensor:
+        return self.project(self.encode(pixel_values, attn_implementation))
+
+    def image_steps(self, attn_implementation: str = "sdpa") -> tuple[ImageStep, ...]:
+        """Give the steps of `forward`: tower, merge and projector."""
+
+        def tower(pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.patches(pixel_values.to(self.boi.device, self.boi.dtype), attn_implementation)
+
+        merge = () if self.conv is None else (ImageStep("merge", (self.conv,), self.merge),)
+        return (
+            ImageStep("tower", (self.patch_embedding, self.transformer), tower),
+            *merge,
+            ImageStep("projector", (self.linear_proj, self.boi, self.eoi), self.project),
+        )

@@ -32,6 +32,7 @@ from lavish.inference.random_start import random_model, with_random_projector
 from lavish.inference.vlm import VLM
 from lavish.models import family_of
 from lavish.models.base_model import BaseModel, read_fields
+from lavish.runners.feature_folder import FeatureFolder, digest
 from lavish.runners.order import NUM_TARGETS
 from lavish.tasks.base_task import to_device
 
@@ -53,7 +54,7 @@ PARTS: dict[str, str] = {
 """Part -> pattern of the names of its weights."""
 
 
-INPUTS, IGNORED = "inputs", -100
+INPUTS, DIGESTS, IGNORED = "inputs", "image_digests", -100
 PICTURE_LENGTH = 4000
 """Characters that a picture counts as."""
 
@@ -113,6 +114,8 @@ class ChatSettings:
     """Parts that learn, or patterns of names."""
     freeze: list[str] = field(default_factory=list)
     """Parts that do not, though `train` names them."""
+    feature_cache: str | None = None
+    """Folder where what the frozen tower gives of each picture is kept, so that it is computed once; null: nowhere."""
 
     def __post_init__(self) -> None:
         if self.lora is None and not self.train:
@@ -170,7 +173,11 @@ class ChatCollator:
             return_labels=True,
             compat=self.settings.compat or None,
         )
-        return {**samples, INPUTS: dict(batch), NUM_TARGETS: int((batch["labels"][:, 1:] != IGNORED).sum())}
+        made = {**samples, INPUTS: dict(batch), NUM_TARGETS: int((batch["labels"][:, 1:] != IGNORED).sum())}
+        pictures = batch.get("pixel_values")
+        if self.settings.feature_cache is not None and pictures is not None and len(pictures):
+            made[DIGESTS] = [digest(pixels) for pixels in pictures]
+        return made
 
 
 class ChatLearner(BaseModel):
@@ -190,6 +197,10 @@ class ChatLearner(BaseModel):
         self.stored_dtype = next(vlm.model.parameters()).dtype
         self.network = vlm.model if settings.lora is None else _with_lora(vlm.model, settings.lora)
         _choose(self.network, settings)
+        self.features: FeatureFolder | None = None
+        if settings.feature_cache is not None:
+            base = vlm.model.get_base_model() if hasattr(vlm.model, "get_base_model") else vlm.model  # of a PeftModel
+            self.features = FeatureFolder(settings.feature_cache, base)
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> ChatLearner:
@@ -218,6 +229,9 @@ class ChatLearner(BaseModel):
         prepared = samples if INPUTS in samples else self.collator(samples)
         inputs = to_device(prepared[INPUTS], self.device)
         with self._precision(self.device):
+            if self.features is not None and DIGESTS in prepared:
+                pixel_values = inputs.pop("pixel_values")
+                inputs["image_features"] = self.features.image_features(pixel_values, prepared[DIGESTS])
             return {"loss": self.network(**inputs).loss.float()}
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,6 +25,7 @@ from lavish.common import config as configs
 from lavish.common.config import Config
 from lavish.common.registry import registry
 from lavish.runners import recipe as recipes
+from lavish.runners.feature_folder import FeatureFolder, told
 from lavish.runners.parts import Part, parts_of
 from lavish.runners.runner_base import RunnerBase
 
@@ -98,6 +100,7 @@ def plan(config: Any, name: str = "run") -> Plan:
             pass_bytes=probe.pass_bytes,
             update_bytes=_update_bytes(runner),
             average_bytes=_learns(runner.model) if runner.average is not None else 0,
+            notes=_notes(runner),
         )
 
 
@@ -105,7 +108,19 @@ def _elsewhere(config: Any, folder: str) -> Any:
     """Give the config with another output folder."""
     if not isinstance(config, Config):
         return configs.merge(config, {"run": {"output_dir": folder}})
-    return Config({**config.to_dict(), "run": {**config.to_dict()["run"], "output_dir": folder}})
+    content = config.to_dict()
+    if content["model"].get("feature_cache") is not None:  # what the probe keeps there goes with the folder
+        content["model"] |= {"feature_cache": str(Path(folder) / "features")}
+    return Config({**content, "run": {**content["run"], "output_dir": folder}})
+
+
+def _notes(runner: RunnerBase) -> list[str]:
+    features = getattr(runner.model, "features", None)  # chat models have it, and with a folder for them an object
+    if not isinstance(features, FeatureFolder):
+        return []
+    splits = {*runner.run.train_splits, *runner.run.valid_splits}
+    datasets = [one for by_split in runner.datasets.values() for name, one in by_split.items() if name in splits]
+    return [told(features.entry_bytes, datasets)]
 
 
 def _runner(config: Any) -> RunnerBase:

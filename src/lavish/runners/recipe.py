@@ -60,6 +60,7 @@ CHANGEABLE = (
     "save_steps",
     *("engine", "deepspeed_config", "activation_checkpointing", "accum_grad_iters", "resume_ckpt_path"),
     *("batch_size_eval", "sample_generations", "use_dist_eval_sampler", "world_size", "dist_url", "distributed"),
+    "model.feature_cache",
 )
 """Keys of `run:` that a resumed run may have otherwise: they change how it runs, not what it gives."""
 

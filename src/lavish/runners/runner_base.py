@@ -262,9 +262,19 @@ class RunnerBase:
         else:
             self._show_answers(epoch="before")
         self.model.train()
-        if loop is not None:
+        if loop is None:
+            self._make_steps(set_rates, step_module, batches, sums)
+        else:
             self._train_by_task(set_rates)
-            return
+        self._finish()
+
+    def _make_steps(
+        self,
+        set_rates: Callable[[int], float],
+        step_module: nn.Module,
+        batches: Iterator[tuple[list[int], dict[str, Any]]],
+        sums: dict[str, float],
+    ) -> None:
         started, cpu_started = time.perf_counter(), time.process_time()
         while self.step < self.num_steps:
             self.lr = lr = set_rates(self.step)
@@ -286,7 +296,6 @@ class RunnerBase:
                 started, cpu_started = now, cpu_now
                 self._save(sums)
             self._after_epoch()
-        self._finish()
 
     def _train_by_task(self, set_rates: Callable[[int], float]) -> None:
         """Let the task make the steps of each epoch (`task_loop.py`)."""
@@ -307,7 +316,6 @@ class RunnerBase:
             started, cpu_started = now, cpu_now
             self._save({})
             self._after_epoch()
-        self._finish()
 
     def _epoch_by_task(self, rates: task_loop.Rates) -> Mapping[str, Any]:
         epoch = self.step // self.steps_per_epoch

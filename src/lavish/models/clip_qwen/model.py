@@ -17,6 +17,7 @@ from transformers import initialization as init
 
 from lavish.common.errors import PromptError
 from lavish.models.clip_qwen.config import ClipQwenConfig
+from lavish.nn.image_steps import ImageStep
 from lavish.nn.qwen import QwenConfig, QwenDecoder, TransformersDecoder
 from lavish.nn.qwen_chat import QwenChatModel
 
@@ -79,12 +80,26 @@ class ClipQwenForConditionalGeneration(QwenChatModel):
                 f"pixel_values has the shape {tuple(pixel_values.shape)}; this model takes (images, 3, {size}, {size}):"
                 " what the processor gives."
             )
+        return self._project(self._encode(pixel_values))
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         weight = self.vision_tower.embeddings.patch_embedding.weight
         pixel_values = pixel_values.to(pixel_values.device if weight.is_meta else weight.device)
         vision_hidden_states = self.vision_tower(pixel_values).last_hidden_state
         if isinstance(self.vision_tower, CLIPVisionModel):
             vision_hidden_states = vision_hidden_states[:, 1:]  # without the class row, which a SigLIP does not have
-        return self.projector(vision_hidden_states.to(self.projector[0].weight.dtype))  # which may train in float32
+        return vision_hidden_states
+
+    def _project(self, vision_hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = next(self.projector.parameters()).dtype  # which may train in float32
+        return self.projector(vision_hidden_states.to(dtype))
+
+    def image_steps(self) -> tuple[ImageStep, ...]:
+        """Give the steps of `get_image_features`."""
+        return (
+            ImageStep("tower", (self.vision_tower,), self._encode),
+            ImageStep("projector", (self.projector,), self._project),
+        )
 
 
 TRAINABLE = ("projector.", ".lora_A.", ".lora_B.")

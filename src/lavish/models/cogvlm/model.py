@@ -31,6 +31,7 @@ from lavish.models.cogvlm.routing import (
 )
 from lavish.nn.eva2_clip import EVA2CLIPModel
 from lavish.nn.generation import RopeDeltasGenerationMixin
+from lavish.nn.image_steps import ImageStep
 from lavish.nn.linear import Linear
 from lavish.nn.losses import causal_loss
 
@@ -439,6 +440,10 @@ class CogVLMForCausalLM(PreTrainedModel, RopeDeltasGenerationMixin):
         vision = self.model.vision
         device = pixel_values.device if vision.boi.is_meta else vision.boi.device  # meta: offloaded, accelerate moves
         return vision(pixel_values.to(device, vision.boi.dtype), self.config._attn_implementation or "sdpa")
+
+    def image_steps(self) -> tuple[ImageStep, ...]:
+        """Give the steps of `get_image_features`."""
+        return self.model.vision.image_steps(self.config._attn_implementation or "sdpa")
 
     def forward(
         self,

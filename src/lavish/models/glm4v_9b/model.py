@@ -25,6 +25,7 @@ from lavish.models.glm4v_9b import places
 from lavish.models.glm4v_9b.config import ChatGLMConfig, check_released
 from lavish.nn.eva2_clip import EVA2CLIPModel
 from lavish.nn.generation import RopeDeltasGenerationMixin
+from lavish.nn.image_steps import ImageStep
 from lavish.nn.linear import Linear
 from lavish.nn.losses import causal_loss
 
@@ -367,6 +368,10 @@ class Glm4v9bForCausalLM(PreTrainedModel, RopeDeltasGenerationMixin):
         vision = self.transformer.vision
         device = pixel_values.device if vision.boi.is_meta else vision.boi.device  # meta: offloaded, accelerate moves
         return vision(pixel_values.to(device, vision.boi.dtype), self.config._attn_implementation or "sdpa")
+
+    def image_steps(self) -> tuple[ImageStep, ...]:
+        """Give the steps of `get_image_features`."""
+        return self.transformer.vision.image_steps(self.config._attn_implementation or "sdpa")
 
     def image_slots(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Say which ids are slots of an image, boi and eoi included. (batch, seq) -> (batch, seq), bool."""

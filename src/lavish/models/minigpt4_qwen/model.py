@@ -15,6 +15,7 @@ from transformers import initialization as init
 
 from lavish.common.errors import PromptError
 from lavish.models.minigpt4_qwen.config import LN_VISION_EPS, MiniGPT4QwenConfig
+from lavish.nn.image_steps import ImageStep
 from lavish.nn.qwen import QwenDecoder
 from lavish.nn.qwen_chat import QwenChatModel
 
@@ -58,18 +59,30 @@ class MiniGPT4QwenForConditionalGeneration(QwenChatModel):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Give what takes the place of each image's slots. (images, 3, S, S) -> (images, num_query_tokens, hidden)."""
-        size, vision = self.config.image_size, self.config.vision
+        size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise PromptError(
                 f"pixel_values has the shape {tuple(pixel_values.shape)}; this model takes (images, 3, {size}, {size}):"
                 " what the processor gives. Frames of a video are images, one after the other."
             )
+        return self.projector(self._query(self._encode(pixel_values)))
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         weight = self.vision_tower.embeddings.patch_embedding.weight
-        vision_hidden_states = self.vision_tower(
+        return self.vision_tower(
             pixel_values.to(pixel_values.device if weight.is_meta else weight.device),
             # The stored table is resized: its grid bicubic, its class row kept.
-            interpolate_pos_encoding=size != vision.image_size,
+            interpolate_pos_encoding=self.config.image_size != self.config.vision.image_size,
         ).last_hidden_state  # (images, patches + 1, vision_hidden)
-        queries = self.query_tokens.expand(pixel_values.shape[0], -1, -1)
-        encoded = self.qformer(query_embeds=queries, encoder_hidden_states=vision_hidden_states).last_hidden_state
-        return self.projector(encoded)
+
+    def _query(self, vision_hidden_states: torch.Tensor) -> torch.Tensor:
+        queries = self.query_tokens.expand(vision_hidden_states.shape[0], -1, -1)
+        return self.qformer(query_embeds=queries, encoder_hidden_states=vision_hidden_states).last_hidden_state
+
+    def image_steps(self) -> tuple[ImageStep, ...]:
+        """Give the steps of `get_image_features`."""
+        return (
+            ImageStep("tower", (self.vision_tower,), self._encode),
+            ImageStep("qformer", (self.qformer, self.query_tokens), self._query),
+            ImageStep("projector", (self.projector,), self.projector),
+        )
