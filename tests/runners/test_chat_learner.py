@@ -12,9 +12,13 @@ from PIL import Image
 from tolerance import BIGGER_BATCH
 
 import lavish
+from lavish.common.config import Config
 from lavish.common.errors import ConfigError, DataError, LavishError, MissingDependency
 from lavish.common.registry import registry
+from lavish.datasets.formats.dataset import ConversationDataset
 from lavish.runners.recipe import open_recipe, train
+from lavish.runners.runner_base import RunnerBase
+from lavish.tasks.base_task import BaseTask
 
 pytest.importorskip("peft")
 FIXTURES = tiny_lavis.FIXTURES
@@ -224,11 +228,17 @@ def test_samples_of_another_task_are_told() -> None:
         model({"image": None})
 
 
-def test_conversations_of_like_length_share_a_batch(tmp_path: Path) -> None:
+def test_conversations_of_like_length_share_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = registry.get_model_class("chat").from_config({**TINY["glm4v_9b"], "train": ["projector"]})
     text, picture = {"role": "user", "content": "abc"}, {"type": "image", "image": "x.png"}
     spoken = {"role": "user", "content": [picture, {"type": "text", "text": "ab"}]}
     assert model.sample_length({"messages": [text]}) == 3
     assert model.sample_length({"messages": [spoken, text]}) > 1000
+    with monkeypatch.context() as patched:
+        patched.setattr("lavish.datasets.formats.dataset.with_pictures", None)  # no picture is opened for a length
+        data = ConversationDataset(ann_paths=[rows(tmp_path)], vis_root=tmp_path / "images")
+        config = Config({"run": {"output_dir": str(tmp_path / "order"), "group_by_length": True, "device": "cpu"}})
+        runner = RunnerBase(config, BaseTask(), model, {"train": data})
+        assert runner._lengths() == [4000 + len("Which colour?") + len(name) for name in tiny_lavis.COLORS]
     train(recipe(tmp_path, {**TINY["glm4v_9b"], "train": ["projector"]}, group_by_length=True, max_epoch=1))
     assert len(losses(tmp_path)) == 2

@@ -189,7 +189,8 @@ def told(entry_bytes: int, datasets: Sequence[Any]) -> str:
     pictures = 0.0
     for dataset in datasets:
         looked_at = min(len(dataset), NUM_COUNTED)
-        found = sum(_num_pictures(dataset[at]) for at in range(looked_at))
+        sample = getattr(dataset, "unopened", dataset.__getitem__)  # conversations of files have it
+        found = sum(_num_pictures(sample(at)) for at in range(looked_at))
         pictures += found * len(dataset) / max(looked_at, 1)
     gib = pictures * entry_bytes / 2**30
     return f"model.feature_cache: {gib:.3g} GiB at most, for {pictures:,.0f} pictures of {entry_bytes / 2**20:.3g} MiB"

@@ -220,7 +220,8 @@ class RunnerBase:
             if hasattr(part, "lengths"):  # only some data sets know lengths before they make a sample
                 lengths += list(cast(Any, part).lengths)
             elif measure is not None:
-                lengths += [measure(part[index]) for index in range(len(part))]
+                sample = getattr(part, "unopened", part.__getitem__)  # conversations of files have it: no picture
+                lengths += [measure(sample(index)) for index in range(len(part))]
             else:
                 raise ConfigError(f"run.group_by_length: datasets.{name} does not tell the lengths of its samples.")
         return lengths

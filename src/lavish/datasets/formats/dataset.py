@@ -74,8 +74,16 @@ class ConversationDataset(BaseDataset):
             DataError: the row is wrong.
             MediaError: a picture cannot be read. Videos are read later, by the processor.
         """
+        return {**with_pictures(self.unopened(index)), "instance_id": str(index)}
+
+    def unopened(self, index: int) -> dict[str, Any]:
+        """Give a conversation whose pictures are not opened, as lengths are measured on.
+
+        Raises:
+            DataError: the row is wrong.
+        """
         source, where, row = self._row(index)
-        return {**with_pictures(checked(source.sample(where, row))), "instance_id": str(index)}
+        return checked(source.sample(where, row))
 
 
 class ConversationStream(IterableDataset):
