@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_lavis
+from video_clip import clip
 
 from lavish.runners.recipe import open_recipe, run_config, train
 
@@ -129,25 +130,36 @@ def dialogues(folder: Path) -> dict[str, Any]:
     }
 
 
-def instructions(folder: Path) -> dict[str, Any]:
+def instructions(*names: str, trained: bool = True):
+    """Rows about a picture for each of the data sets; without `trained` the projector starts random."""
     checkpoint = FIXTURES / "minigpt4qwen/open/checkpoint"
-    asked = {"instruction": "<Img><ImageHere></Img> What?", "output": "That."}
-    rows = [{"image": tiny_lavis.name(at), **asked} for at in range(4)]
-    path = tiny_lavis.write_json(folder / "rows.json", rows)
-    build = {"annotations": files(train=path), "images": {"storage": str(tiny_lavis.draw(folder / "images"))}}
-    names = ("minigpt4_instruction", "llava_instruction")
-    return {
-        "model.finetuned": str(checkpoint / "checkpoint_9.pth"),
-        "model.eva": str(checkpoint / "eva/eva_vit_g.pth"),
-        "model.blip2": str(checkpoint / "blip2/blip2_pretrained_flant5xxl.pth"),
-        "model.qformer": str(checkpoint / "bert-base-uncased"),
-        "model.llm": str(FIXTURES / "qwen/llm"),
-        "model.vision_config": {"num_attention_heads": 4},
-        **{f"datasets.{name}.build_info": build for name in names},
-        **{key: value for name in names for key, value in sized(name, 56, ("train",)).items()},
-        "run.accum_grad_iters": 2,
-        "run.warmup_steps": 0,
-    }
+
+    def values(folder: Path) -> dict[str, Any]:
+        asked = {"instruction": "<Img><ImageHere></Img> What?", "output": "That."}
+        pictures = tiny_lavis.draw(folder / "images")
+        build: dict[str, Any] = {}
+        for name in names:
+            rows = [{"image": tiny_lavis.name(at), **asked} for at in range(4)]
+            if name == "videochatgpt_100k":
+                (pictures / "clip.mp4").write_bytes(clip(3, size=32))
+                rows = [{"video": "clip.mp4", **asked}]
+            path = tiny_lavis.write_json(folder / f"{name}.json", rows)
+            build[name] = {"annotations": files(train=path), "images": {"storage": str(pictures)}}
+            build[name] |= {"max_frames": 2} if name == "videochatgpt_100k" else {}
+        return {
+            "model.finetuned": str(checkpoint / "checkpoint_9.pth") if trained else None,
+            "model.eva": str(checkpoint / "eva/eva_vit_g.pth"),
+            "model.blip2": str(checkpoint / "blip2/blip2_pretrained_flant5xxl.pth"),
+            "model.qformer": str(checkpoint / "bert-base-uncased"),
+            "model.llm": str(FIXTURES / "qwen/llm"),
+            "model.vision_config": {"num_attention_heads": 4},
+            **{f"datasets.{name}.build_info": section for name, section in build.items()},
+            **{key: value for name in names for key, value in sized(name, 56, ("train",)).items()},
+            "run.accum_grad_iters": 2,
+            "run.warmup_steps": 0,
+        }
+
+    return values
 
 
 def conversations(path: str, **model: Any):
@@ -178,7 +190,9 @@ TINY = {
     "glm4v_9b/train/lora.yaml": conversations("glm4v/open/checkpoint"),
     "glm4v_9b/train/sft.yaml": conversations("glm4v/open/checkpoint"),
     "gpt_dialogue/train/dialogue_avsd_ft.yaml": dialogues,
-    "minigpt4_qwen/train/instruction_tuning.yaml": instructions,
+    "minigpt4_qwen/train/instruction_tuning.yaml": instructions("minigpt4_instruction", "llava_instruction"),
+    "minigpt4_qwen/train/pretrain.yaml": instructions("llava_pretrain", trained=False),
+    "minigpt4_qwen/train/sft.yaml": instructions("llava_instruct_156k", "videochatgpt_100k"),
 }
 
 
