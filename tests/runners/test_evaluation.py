@@ -1,5 +1,6 @@
 """`lavish evaluate` of LAVIS's recipes: what it leaves, over processes, after a kill, with any model."""
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from lavish.inference.load import POCKET
 from lavish.models.blip.samples import BlipVQA
 from lavish.runners import evaluation
 from lavish.runners.evaluation_compare import compare_runs, largest_changes
-from lavish.runners.evaluation_rows import Rows
+from lavish.runners.evaluation_rows import Rows, line_of
 from lavish.tasks.metrics import vqa
 from lavish.tasks.scored_task import ScoredTask
 
@@ -156,10 +157,29 @@ def test_text_of_a_data_set_is_no_markup(cache: Path, tmp_path: Path) -> None:
     from lavish.runners.evaluation_report import _card
 
     row = {"index": 0, "result": {"answer": "<b>&"}, "question": "<script>", "reference": ["<i>"], "score": 1.0}
-    card = _card(row, lambda row: None, (0.0, 1.0), 1)
+    card = _card(row, lambda row: None, ((0.0, 1.0), 1), "acc")
     assert "&lt;script&gt;" in card
     assert "&lt;b&gt;&amp;" in card
     assert "<i>" not in card.replace("<i style", "")
+
+
+def test_what_a_report_shows_first() -> None:
+    """Right and wrong apart, where there is nothing between; else the worst first, of losses the highest."""
+    from lavish.runners.evaluation_report import _histogram, _limits, _sections
+
+    def shown(scores: list[float], sign: int = 1) -> list[tuple[str, list[float]]]:
+        rows = [{"index": at, "score": score} for at, score in enumerate(scores)]
+        return [(title, [row["score"] for row in rows]) for title, rows in _sections(rows, sign)]
+
+    assert shown([100, 0, 100]) == [("Wrong: 1 of 3", [0]), ("Right: 2 of 3", [100, 100])]
+    assert shown([100, 100]) == [("Wrong: 0 of 2", []), ("Right: 2 of 2", [100, 100])]
+    assert shown([0, 0]) == [("Worst cases", [0, 0]), ("From worse to better", [])]
+    assert shown([30, 0, 100])[0] == ("Worst cases", [0, 30, 100])
+    assert shown([1.5, 3.0], -1)[0] == ("Worst cases", [3.0, 1.5])
+    assert _limits([{"score": 30.0}, {"score": 0.0}], 100) == (0, 100)
+    assert _limits([{"score": 3.0}, {"score": -1.0}], 1) == (-1, 3)
+    assert _histogram([1.0, 1.0], "x", 1) == "" == _histogram([1.0, float("nan"), 2.0], "x", 1)
+    assert "<text x=0 y=84>0</text>" in _histogram([30.0, 60.0, 90.0], "x", 100)
 
 
 def test_a_picture_that_is_gone_is_told_in_the_report(tmp_path: Path) -> None:
@@ -307,6 +327,27 @@ def test_the_folder_of_a_training_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is the folder of a training.*evaluation"):
         run("vqav2_eval", tmp_path, force=True)
     assert (tmp_path / "config.yaml").read_text() == "run: {task: vqa}\n"
+
+
+def test_a_full_disk_and_a_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered stays, and the same command goes on."""
+    lines: list[str] = []
+
+    def full(row: dict[str, Any]) -> str:
+        if len(lines) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        lines.append(line_of(row))
+        return lines[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "line_of", full)
+        with pytest.raises(DataError, match=r"out: no room left \(.* MiB are free\)\. What is answered stays"):
+            run("vqav2_eval", tmp_path / "out", questions(tmp_path / "mine.json"), WRITTEN)
+    assert len(Rows(tmp_path / "out").read()) == 4
+    run("vqav2_eval", tmp_path / "out", questions(tmp_path / "mine.json"), WRITTEN)
+    assert len(rows(tmp_path / "out")) == 7
+    with pytest.raises(ConfigError, match=r"mine\.json: this folder cannot be written \(File exists\); set another"):
+        run("vqav2_eval", tmp_path / "mine.json")
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
@@ -535,6 +576,27 @@ def test_a_picture_that_is_absent_names_its_row(tmp_path: Path, cache: Path) -> 
     assert len(Rows(tmp_path / "out").read()) == 4  # what was answered stays
 
 
+def test_workers_tell_what_is_wrong_as_the_process_does() -> None:
+    from lavish.runners.loading import batches_of
+
+    class Broken(torch.utils.data.Dataset):
+        def __getitem__(self, index: int) -> int:
+            raise DataError(f"rows.json, row {index}: wrong.")
+
+    for workers, index in ((0, 3), (1, 4)):
+        loader = torch.utils.data.DataLoader(Broken(), sampler=[index], num_workers=workers)
+        with pytest.raises(DataError) as error:
+            list(batches_of(loader))
+        assert str(error.value) == f"rows.json, row {index}: wrong."
+    with pytest.raises(DataError, match=r"^itself$"):
+        list(batches_of(raised(DataError("itself"))))
+
+
+def raised(error: Exception) -> Any:
+    yield 1
+    raise error
+
+
 def test_references_of_half_a_split(tmp_path: Path, cache: Path) -> None:
     stored = json.loads((cache / "coco" / "annotations" / "v2_mscoco_val2014_annotations.json").read_text())
     stored["annotations"].pop()
@@ -611,6 +673,9 @@ def test_a_recipe_of_blip_with_another_model(tmp_path: Path, caplog: pytest.LogC
     more = ("run.num_workers=0", "run.device=cpu", f"run.output_dir={tmp_path}")
     evaluation.evaluate(Config(sets.EVAL / "vqav2_eval.yaml", [f"model.path={POCKET}", *more]))
     assert "model.arch 'blip_vqa' of the recipe is not" in caplog.text
+    assert (
+        "run.inference_method, run.num_ans_candidates, run.num_beams, run.min_len of the recipe do not" in caplog.text
+    )
     assert json.loads((tmp_path / "metrics.json").read_text())["record"]["asked"]["vqa"]["chat_template"] == "vqa"
 
 

@@ -4,6 +4,7 @@ The host is not installed with lavish; its two classes that the adapter touches 
 them. Where the host is installed the real ones are taken.
 """
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -116,6 +117,13 @@ def test_it_answers_as_lavish_does() -> None:
 
 
 @pytest.mark.usefixtures("host")
+def test_several_processes_would_answer_everything_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="in one process, and this run has 2"):
+        lmms_eval_model.Lavish(path=str(POCKET))
+
+
+@pytest.mark.usefixtures("host")
 def test_wrong_arguments() -> None:
     with pytest.raises(ConfigError, match="names the model"):
         lmms_eval_model.Lavish()
@@ -132,6 +140,23 @@ def test_generation() -> None:
     drawn = generation_of({"temperature": 0.5, "top_p": 0.9, "until": "\n", "max_gen_toks": 7})
     assert drawn == {"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7, "stop": ("\n",)}
     assert generation_of({"temperature": 0, "top_p": 0.9})["do_sample"] is False
+
+
+def test_the_wrapper_for_vlmevalkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class of docs/evaluation.md, called as open-compass/VLMEvalKit does (vlmeval/vlm/base.py): a list of objects
+    with type and value."""
+    page = (PROJECT.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "vlmeval" in block]
+    for name in ("vlmeval", "vlmeval.vlm", "vlmeval.vlm.base"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    vars(sys.modules["vlmeval.vlm.base"])["BaseModel"] = type("BaseModel", (), {"INTERLEAVE": False})
+    made: dict[str, Any] = {}
+    exec(code, made)
+    picture = str(POCKET / "pictures" / "star-square-circle.png")
+    model = made["Lavish"](POCKET, chat_template="vqa")
+    message = [{"type": "image", "value": picture}, {"type": "text", "value": "What color is the star?"}]
+    assert model.generate_inner(message, dataset="MMBench") == "green"
+    assert all(callable(one) for one in made["supported"].values())
 
 
 def test_no_other_name() -> None:

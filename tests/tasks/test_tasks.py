@@ -303,12 +303,13 @@ def test_conversations_are_not_taken_apart() -> None:
 
 
 class Pointer(torch.nn.Module):
-    def locate(self, samples: dict[str, Any]) -> list[str]:
+    def locate(self, samples: dict[str, Any], max_len: int = 9) -> list[str]:
+        assert max_len == 9
         return [f"here [[{text}]]" for text in samples["text_input"]]
 
 
 def test_referring_expressions() -> None:
-    task = GroundingTask({})
+    task = GroundingTask({"max_new_tokens": 9})  # MPP-LLaVA's name of max_len
     samples = {"image": [None] * 3, "text_input": ["100,100,500,500", "0,0,10,10", "none"], "instance_id": [0, 1, 2]}
     results = task.valid_step(Pointer(), samples)
     records = [
@@ -316,6 +317,8 @@ def test_referring_expressions() -> None:
         {"box": [20, 10, 100, 50], "width": 200, "height": 100},
         {"box": [20, 10, 100, 50], "width": 200, "height": 100},
     ]
+    with pytest.raises(AssertionError):
+        GroundingTask({"max_len": 8, "max_new_tokens": 9}).valid_step(Pointer(), samples)
     scores = task.score(results, SimpleNamespace(annotation=records), "val")
     assert scores is not None
     assert scores.metrics() == pytest.approx(

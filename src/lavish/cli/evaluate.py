@@ -87,6 +87,7 @@ def _compare(first: str, second: str) -> None:
 
     with working("Importing ..."):
         from lavish.runners.evaluation_compare import compare_runs, largest_changes
+        from lavish.tasks.metrics.measure import NUM_RESAMPLES
     shown = console()
     found = compare_runs(first, second)
     for split in dict.fromkeys(one.split for one in found):
@@ -100,9 +101,10 @@ def _compare(first: str, second: str) -> None:
             counts = (one.num_better, one.num_worse, one.num_samples)
             name = one.metric if one.higher_is_better else f"{one.metric} (lower is better)"
             span = f"{low:+.4g} to {high:+.4g}"
-            table.add_row(
-                name, *(f"{value:.4g}" for value in numbers), span, f"{one.difference.p_value:.3f}", *map(str, counts)
-            )
+            p_value = one.difference.p_value
+            least = 2 / NUM_RESAMPLES  # one resample, doubled
+            odds = f"{p_value:.3f}" if p_value >= least else f"< {least:.3f}"
+            table.add_row(name, *(f"{value:.4g}" for value in numbers), span, odds, *map(str, counts))
         shown.print(table)
     changes = largest_changes(first, second)
     if changes:
@@ -165,7 +167,10 @@ def show_splits(splits: dict[str, Any]) -> None:
             table.add_column("metric")
             for title in ("value", "95 % interval", "samples"):
                 table.add_column(title, justify="right")
-            for name, entry in {**summary["metrics"], **summary.get("groups", {})}.items():
+            parts = {f"  {name}": entry for name, entry in summary.get("groups", {}).items()}
+            for name, entry in {**summary["metrics"], **parts}.items():
+                if parts and name == next(iter(parts)):
+                    table.add_row(f"{summary['headline']} of", style="dim")
                 interval = entry.get("interval")
                 span = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
                 table.add_row(name, f"{entry['value']:.4g}", span, str(entry.get("num_samples", "")))

@@ -180,7 +180,7 @@ def recipe_of(
     """
     if cfg_path is None:
         if recipe is None:
-            raise ConfigError("No recipe was given: lavish train RECIPE.yaml, or --cfg-path RECIPE.yaml.")
+            raise ConfigError("No recipe was given: name its YAML file, as RECIPE or with --cfg-path RECIPE.")
         return recipe, [*(overrides or ()), *(more or ())]
     if recipe is not None and "=" not in recipe and not overrides:
         raise ConfigError(f"Two recipes were given, {recipe!r} and --cfg-path {cfg_path!r}; leave one out.")

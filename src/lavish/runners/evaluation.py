@@ -18,6 +18,7 @@ Source of the recipe's meaning: salesforce/LAVIS, evaluate.py and lavis/runners/
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import time
@@ -58,7 +59,7 @@ from lavish.runners.evaluation_recipe import (
     splits_of,
 )
 from lavish.runners.evaluation_report import write_report
-from lavish.runners.evaluation_rows import HALVES, Row, Rows, keys_of, line_of, results_of, rows_of
+from lavish.runners.evaluation_rows import HALVES, Row, Rows, in_room, keys_of, line_of, results_of, rows_of
 from lavish.runners.evaluation_samples import picture_of, question_of
 from lavish.runners.evaluation_summary import (
     METRICS_FILE,
@@ -69,14 +70,17 @@ from lavish.runners.evaluation_summary import (
     statistics_of,
     summary_of,
 )
+from lavish.runners.loading import batches_of
 from lavish.runners.schema import RunConfig
 from lavish.tasks.base_task import BaseTask, to_device
-from lavish.tasks.chat_model import ChatModel
+from lavish.tasks.chat_model import OF_OTHERS, ChatModel
 from lavish.tasks.metrics.measure import CONFIDENCE, NUM_RESAMPLES, SEED
 from lavish.tasks.scored_task import ScoredTask
 
 __all__ = ["METRICS_FILE", "Evaluation", "SplitResult", "check", "evaluate", "open_evaluation"]
 
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -100,7 +104,8 @@ def evaluate(cfg: Config, *, force: bool = False, progress: Progress | None = No
 
     Raises:
         ConfigError: the recipe is wrong, another one was evaluated in the folder, or another run is in it.
-        DataError, CheckpointError: as the data sets and the model.
+        DataError: the disk is full, or as the data sets.
+        CheckpointError: as the model.
     """
     run, task = check(cfg)
     device = start_processes(run)
@@ -108,6 +113,7 @@ def evaluate(cfg: Config, *, force: bool = False, progress: Progress | None = No
     rows = Rows(evaluation.folder)
     with ExitStack() as stack:
         dist.on_main(lambda: stack.enter_context(rows.locked()))
+        stack.enter_context(in_room(evaluation.folder))
         dist.on_main(lambda: begin_folder(cfg, rows, force=force))
         started = time.perf_counter()
         job = Job(cfg, run, task, device, rows, progress)
@@ -179,7 +185,14 @@ class Job:
         given = vars(chat_section(self.cfg)).copy()
         path, asks, pieces = given.pop("path"), given.pop("ask"), given.pop("pieces")
         vlm = load(path, device=str(self.device), **{key: value for key, value in given.items() if value}, **pieces)
-        return vlm.samples if isinstance(vlm, SampleModel) else ChatModel(vlm, asks)
+        if isinstance(vlm, SampleModel):
+            return vlm.samples
+        if dist.is_main() and (unused := [name for name in OF_OTHERS if self.cfg.run_cfg.get(name) is not None]):
+            logger.warning(
+                "A model that chats answers greedily, as model.ask says: run.%s of the recipe do not apply.",
+                ", run.".join(unused),
+            )
+        return ChatModel(vlm, asks)
 
     # -- answers
 
@@ -229,7 +242,7 @@ class Job:
     def _ask(self, name: str, split: str, dataset: Any, batches: list[list[int]]) -> None:
         path = self.rows.part(dist.rank())
         with path.open("a", encoding="utf-8", errors=HALVES) as file:
-            for indices, samples in zip(batches, self._loader(dataset, batches), strict=True):
+            for indices, samples in zip(batches, batches_of(self._loader(dataset, batches)), strict=True):
                 torch.manual_seed(self.run.seed * 1_000_003 + indices[0])  # drawn answers too are those of one process
                 results = self._step(f"{name}/{split}", indices, samples)
                 file.write("".join(map(line_of, rows_of(name, split, indices, results))))
@@ -384,7 +397,7 @@ class _Loader:
         self.dataset, self.batches, self.loader = dataset, batches, loader
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.loader)
+        return batches_of(self.loader)
 
     def __len__(self) -> int:
         return len(self.batches)

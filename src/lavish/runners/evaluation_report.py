@@ -39,6 +39,7 @@ td.n { font-variant-numeric: tabular-nums; }
 .card { border: 1px solid var(--line); border-radius: 8px; overflow: hidden; padding: .7rem; overflow-wrap: anywhere; }
 .card img { display: block; margin: 0 0 .5rem; max-height: 14rem; max-width: 100%; border-radius: 4px; }
 .card .q { font-weight: 600; } .card .k { color: var(--soft); font-size: .85em; }
+.foot { display: flex; justify-content: space-between; }
 .bar { background: var(--line); border-radius: 3px; height: 6px; margin: .5rem 0 .2rem; }
 .bar i { background: var(--good); border-radius: 3px; display: block; height: 6px; }
 .bar.low i { background: var(--bad); }
@@ -79,29 +80,41 @@ def write_report(folder: Path, summary: Mapping[str, Any], splits: Sequence[tupl
 
 def _split(summary: Mapping[str, Any], result: Any, open_picture: OpenPicture) -> str:
     parts = [f"<h2>{escape(result.name)}</h2><p class=sub>{summary['num_samples']:,} samples</p>"]
-    named = {**summary["metrics"], **summary.get("groups", {})}
-    if named:
-        parts.append(_table(named))
+    if summary["metrics"]:
+        parts.append(_table(summary["metrics"], "metric"))
+    if summary.get("groups"):
+        parts.append(_table(summary["groups"], f"{summary['headline']} of"))
     parts += [f"<p class=note>{escape(note)}</p>" for note in summary["notes"]]
     scored = [row for row in result.rows if "score" in row]
-    if scored:
+    if not scored:
+        shown = [("Some answers", _spread(result.rows, NUM_WORST))]
+    else:
         sign = 1 if summary["higher_is_better"] else -1
-        order = sorted(scored, key=lambda row: (sign * row["score"], row["index"]))
-        parts.append(_histogram([row["score"] for row in scored], summary["headline"]))
-        limits = _limits(scored)
-        worst, others = order[:NUM_WORST], _spread(order[NUM_WORST:], NUM_OTHERS)
-        for title, rows in (("Worst cases", worst), ("From worse to better", others)):
-            if rows:
-                cards = "".join(_card(row, open_picture, limits, sign) for row in rows)
-                parts.append(f"<h3>{title}</h3><div class=cards>{cards}</div>")
-    elif result.rows:
-        rows = _spread(result.rows, NUM_WORST)
-        cards = "".join(_card(row, open_picture, None, 1) for row in rows)
-        parts.append(f"<h3>Some answers</h3><div class=cards>{cards}</div>")
+        scale = result.scores.measures[summary["headline"]].scale
+        parts.append(_histogram([row["score"] for row in scored], summary["headline"], scale))
+        shown = _sections(scored, sign)
+    for title, rows in shown:
+        if rows:
+            limits = (_limits(scored, scale), sign) if scored else None
+            cards = "".join(_card(row, open_picture, limits, summary.get("headline", "")) for row in rows)
+            parts.append(f"<h3>{title}</h3><div class=cards>{cards}</div>")
     return "".join(parts)
 
 
-def _table(named: Mapping[str, Mapping[str, Any]]) -> str:
+def _sections(scored: Sequence[Row], sign: int) -> list[tuple[str, list[Row]]]:
+    """Give the rows to show, worst first; where answers are right or wrong and nothing between, the two apart."""
+    order = sorted(scored, key=lambda row: (sign * row["score"], row["index"]))
+    if {row["score"] for row in order} <= {0.0, order[-1]["score"]} and sign > 0 and order[-1]["score"] > 0:
+        wrong = [row for row in order if not row["score"]]
+        right = order[len(wrong) :]
+        return [
+            (f"Wrong: {len(wrong):,} of {len(order):,}", _spread(wrong, NUM_WORST)),
+            (f"Right: {len(right):,} of {len(order):,}", _spread(right, NUM_OTHERS)),
+        ]
+    return [("Worst cases", order[:NUM_WORST]), ("From worse to better", _spread(order[NUM_WORST:], NUM_OTHERS))]
+
+
+def _table(named: Mapping[str, Mapping[str, Any]], title: str) -> str:
     rows = []
     for name, entry in named.items():
         interval = entry.get("interval")
@@ -110,7 +123,7 @@ def _table(named: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append(
             f"<tr><td>{escape(name)}<td class=n><b>{number(entry['value'])}</b><td class=n>{span}<td class=n>{count}"
         )
-    head = "<tr><th>metric<th class=n>value<th class=n>95 % interval<th class=n>samples"
+    head = f"<tr><th>{escape(title)}<th class=n>value<th class=n>95 % interval<th class=n>samples"
     return f"<table>{head}{''.join(rows)}</table>"
 
 
@@ -119,9 +132,10 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else escape(str(value))
 
 
-def _limits(rows: Sequence[Row]) -> tuple[float, float]:
+def _limits(rows: Sequence[Row], scale: float) -> tuple[float, float]:
+    """Give the ends of the bars: those of a percentage, else 0 and the largest score."""
     values = [row["score"] for row in rows]
-    return min(*values, 0.0), max(*values, 1e-9) if len(values) > 1 else max(values[0], 1e-9)
+    return min(*values, 0.0), max(*values, 100.0 if scale == 100 else 1e-9)
 
 
 def _spread(rows: Sequence[Row], count: int) -> list[Row]:
@@ -130,9 +144,11 @@ def _spread(rows: Sequence[Row], count: int) -> list[Row]:
     return [rows[int(place)] for place in places]
 
 
-def _histogram(values: Sequence[float], name: str) -> str:
-    """Draw how the scores of single samples are spread."""
-    counts, edges = np.histogram(values, bins=20)
+def _histogram(values: Sequence[float], name: str, scale: float) -> str:
+    """Draw how the scores of single samples are spread; nothing where all are equal, or right or wrong alone."""
+    if len(set(values)) < 3 or not np.isfinite(values).all():
+        return ""
+    counts, edges = np.histogram(values, bins=20, range=(0, 100) if scale == 100 else None)
     width, height, top = 24, 70, max(int(counts.max()), 1)
     bars = []
     for at, count in enumerate(counts):
@@ -149,7 +165,7 @@ def _histogram(values: Sequence[float], name: str) -> str:
     return f"<svg width={right} height={height + 20} role=img aria-label='{label}'>{''.join(bars)}{texts}</svg>"
 
 
-def _card(row: Row, open_picture: OpenPicture, limits: tuple[float, float] | None, sign: int) -> str:
+def _card(row: Row, open_picture: OpenPicture, limits: tuple[tuple[float, float], int] | None, headline: str) -> str:
     result = row.get("result", row.get("results"))
     parts = [_picture(open_picture, row)]
     if "question" in row:
@@ -159,15 +175,14 @@ def _card(row: Row, open_picture: OpenPicture, limits: tuple[float, float] | Non
             parts.append(f"<div><span class=k>{escape(name)}</span> {escape(str(value))}</div>")
     if row.get("reference") is not None:
         parts.append(f"<div><span class=k>right</span> {escape(_joined(row['reference']))}</div>")
+    foot = f"<span>sample {row.get('index', row.get('indices'))}</span>"
     if limits is not None:
-        low, high = limits
+        (low, high), sign = limits
         share = 100 * (row["score"] - low) / (high - low or 1)
         kind = "bar low" if sign * share < sign * 50 else "bar"
-        parts.append(
-            f"<div class='{kind}'><i style='width:{share:.0f}%'></i></div><span class=k>{row['score']:.4g}</span>"
-        )
-    place = row.get("index", row.get("indices"))
-    return f"<div class=card>{''.join(parts)} <span class=k>sample {place}</span></div>"
+        parts.append(f"<div class='{kind}'><i style='width:{max(share, 2):.0f}%'></i></div>")
+        foot = f"<span>{escape(headline)} {row['score']:.4g}</span>{foot}"
+    return f"<div class=card>{''.join(parts)}<div class='k foot'>{foot}</div></div>"
 
 
 def _joined(reference: Any) -> str:

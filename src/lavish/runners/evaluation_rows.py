@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
 """What file systems without locks answer; there nothing keeps two runs out of one folder."""
 LINE_ENDS = {ord(mark): json.dumps(mark)[1:-1] for mark in "\x85\u2028\u2029"}
 """Marks that end a line for some readers and not in JSON lines: escaped, as JSON can."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HALVES = "backslashreplace"
 """How half a character, as annotations may hold it, is written: as JSON escapes it."""
 Row = dict[str, Any]
@@ -86,10 +88,16 @@ class Rows:
         """Keep other runs out of the folder; the system takes the lock from a process that ends, however it ends.
 
         Raises:
-            ConfigError: another run is in.
+            ConfigError: another run is in, or the folder cannot be made or written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / LOCK_FILE).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: this folder cannot be written ({error.strerror or error}); set another run.output_dir."
+            ) from error
+        with lock as file:
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,6 +109,25 @@ class Rows:
                 if error.errno not in NO_LOCKS:
                     raise
             yield
+
+
+@contextmanager
+def in_room(folder: Path) -> Iterator[None]:
+    """Say in words that a disk is full.
+
+    Raises:
+        DataError: it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(folder).free / 2**20
+        raise DataError(
+            f"{folder}: no room left ({free:,.1f} MiB are free). What is answered stays; make room, and the same "
+            "command goes on from there."
+        ) from error
 
 
 def rows_of(dataset: str, split: str, indices: Sequence[int], results: Sequence[Any]) -> list[Row]:

@@ -51,6 +51,12 @@ FAMILY_ASKS: dict[str, dict[str, Ask]] = {
 }
 """By the `model_type` of the network's config."""
 
+OF_OTHERS = (
+    *("prompt", "inference_method", "num_ans_candidates", "num_beams", "min_len", "use_nucleus_sampling"),
+    *("top_p", "temperature", "repetition_penalty", "length_penalty", "k_test"),
+)
+"""Keys of `run` that do not apply: answers are greedy, and `Ask` says how questions are put."""
+
 
 class ChatModel(nn.Module):
     """What the tasks ask, on a model that chats: `generate`, `predict_answers`, `choose`, `locate`, and losses.
@@ -101,9 +107,9 @@ class ChatModel(nn.Module):
         replies = self.ask("choice", samples["image"], texts(samples["text_input"]), choices=list(map(listed, choices)))
         return [(read_choice(reply, row), reply) for reply, row in zip(replies, choices, strict=True)]
 
-    def locate(self, samples: Mapping[str, Any]) -> list[str]:
+    def locate(self, samples: Mapping[str, Any], max_len: int | None = None) -> list[str]:
         """Say where each phrase is: the replies, with boxes in thousandths."""
-        return self.ask("locate", samples["image"], texts(samples["text_input"]))
+        return self.ask("locate", samples["image"], texts(samples["text_input"]), max_len)
 
     @torch.no_grad()
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,9 @@ class GroundingTask(ScoredTask):
         locate = getattr(model, "locate", None)  # only models that chat have it
         if locate is None:
             raise ConfigError(f"{type(model).__name__} names no boxes; evaluate a grounding model with model.path.")
-        return [{**ids, "answer": reply} for reply, ids in zip(locate(samples), ids_of(samples, "ref_id"), strict=True)]
+        limit = self.option("max_len")
+        replies = locate(samples) if limit is None else locate(samples, max_len=limit)
+        return [{**ids, "answer": reply} for reply, ids in zip(replies, ids_of(samples, "ref_id"), strict=True)]
 
     def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:
         """Compare the first box of each reply with the target."""

@@ -50,11 +50,17 @@ class Answering:
         `chat_template` is the family's template of every question; `max_batch_size` is the host's and not used.
 
         Raises:
-            ConfigError: no path, an unknown option, or a model that does not chat.
+            ConfigError: no path, an unknown option, several processes, or a model that does not chat.
         """
+        from lavish.common import dist
         from lavish.inference.load import load
 
         super().__init__()
+        if dist.world_size() > 1:  # each would answer everything, and write over the others' results
+            raise ConfigError(
+                f"lmms-eval runs lavish's models in one process, and this run has {dist.world_size()}: start it "
+                "without `accelerate launch` or torchrun; `lavish evaluate` shares samples among processes."
+            )
         options.pop("max_batch_size", None)
         device, self.chat_template = options.pop("device", None), options.pop("chat_template", None)
         known = (*LOAD_OPTIONS, "path", "pretrained", "device", "chat_template", "batch_size")

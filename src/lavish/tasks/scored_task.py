@@ -8,6 +8,7 @@ file that its leaderboard takes. Source: salesforce/LAVIS, lavis/tasks/*.py.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class ScoredTask(BaseTask):
 
     def __init__(self, run: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.run: Mapping[str, Any] = run or {}
+        self.run: Mapping[str, Any] = with_lavis_names(run or {})
         self.dataset: Any = None
         self.report_metric = self.option("report_metric", True)
 
@@ -125,6 +126,17 @@ class ScoredTask(BaseTask):
         """Give `run.annotation_file`: a path for all splits, or one a split."""
         given = self.option("annotation_file")
         return given.get(split_name) if isinstance(given, Mapping) else given
+
+
+def with_lavis_names(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give the section `run` with MPP-LLaVA's `max_new_tokens` and `min_new_tokens` under LAVIS's names too."""
+    others = {"max_len": "max_new_tokens", "min_len": "min_new_tokens"}
+    said = {name: run.get(other) for name, other in others.items() if run.get(name) is None}
+    made: Any = copy.copy(run)  # a section of a recipe stays one: LAVIS's models read its keys as attributes
+    for name, value in said.items():
+        if value is not None:
+            made[name] = value
+    return made
 
 
 def registered_folder(name: str) -> Path | None:

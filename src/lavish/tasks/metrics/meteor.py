@@ -38,7 +38,7 @@ def find_jar() -> Path:
     """
     if shutil.which("java") is None:
         raise MissingDependency(
-            "METEOR is a Java program and there is no `java` here; install a Java runtime (8 or newer)."
+            "METEOR is a Java program and there is no `java` here: install a Java runtime (8 or newer)."
         )
     named = os.environ.get(ENVIRONMENT)
     package = importlib.util.find_spec("pycocoevalcap")
@@ -48,9 +48,10 @@ def find_jar() -> Path:
     for place in places:
         if place.is_file():
             return place
+    looked = f"; looked for {', '.join(map(str, places))}" if places else ""
     raise MissingDependency(
-        f"METEOR needs {JAR} with its folder data/, looked for in {', '.join(map(str, places)) or 'no place'}. "
-        f"`pip install --no-deps pycocoevalcap` brings it, or set {ENVIRONMENT} to its path."
+        f"METEOR needs {JAR} with its folder data/, which is not here{looked}. `pip install --no-deps pycocoevalcap` "
+        f"brings it, or set {ENVIRONMENT} to its path."
     )
 
 
