@@ -85,6 +85,32 @@ def test_bad_data(content: str, status: int, message: str, tmp_path: Path, capsy
     assert message in printed.out + printed.err
 
 
+def test_a_name_that_is_no_utf8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Linux takes any bytes for a file's name; here a captcha, whose name is the answer."""
+    Image.new("RGB", (8, 6)).save(tmp_path / "\udce9.png")
+    assert main(["data", "check", str(tmp_path)]) == 1
+    assert "\\udce9.png" in capfd.readouterr().out
+    assert main(["data", "check", str(tmp_path), "--json"]) == 1
+    assert json.loads(capfd.readouterr().out)["problems"][0]["where"] == "\udce9.png"
+    page = tmp_path / "page.html"
+    assert main(["data", "show", str(tmp_path), "--out", str(page)]) == 1
+    assert "\\udce9.png" in page.read_text(encoding="utf-8")
+
+
+def test_places_that_cannot_be_written(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out, told in (
+        (tmp_path, "is a folder; name the file to write"),
+        (rows / "page.html", "cannot be written"),
+        ("~nobodys-folder/page.html", "no such home folder is known"),
+    ):
+        assert main(["data", "show", str(rows), "-n", "1", "--out", str(out)]) == 2
+        assert told in capsys.readouterr().err
+    assert main(["data", "convert", str(rows), str(rows / "x.jsonl"), "--skip-bad"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["data", "convert", str(rows), "~nobodys-folder/x.jsonl"]) == 2
+    assert "no such home folder is known" in capsys.readouterr().err
+
+
 def test_many_problems_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.json").write_text(json.dumps([turns("Hi", "", None)] * 30))
     assert main(["data", "check", str(tmp_path / "rows.json")]) == 1

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import zoo_files
 from omegaconf import OmegaConf
+from test_formats import closed
 
 from lavish.checkpoints.download import is_url
 from lavish.common.config import PACKAGE, Config, load_yaml
@@ -263,6 +264,19 @@ def test_offline_says_where_to_put_the_files(cache: Path) -> None:
 def test_files_that_no_url_is_known_for(cache: Path) -> None:
     with pytest.raises(DataError, match=r"ve_train\.json: the annotations 'train' of snli_ve .* no public URL"):
         load_dataset("snli_ve")
+
+
+def test_storage_that_may_not_be_looked_at(cache: Path) -> None:
+    zoo_files.coco_caption(cache)
+    made = builder()
+    with closed(cache), pytest.raises(DataError, match=r"cannot be looked at \(Permission denied\)"):
+        made.check()
+
+
+def test_a_folder_of_pictures_that_can_be_none(cache: Path) -> None:
+    zoo_files.coco_caption(cache)
+    with pytest.raises(ConfigError, match="vis_path='~nobodys-folder': no such home folder"):
+        load_dataset("coco_caption", vis_path="~nobodys-folder")
 
 
 def test_storage_that_is_a_folder(cache: Path) -> None:

@@ -5,10 +5,12 @@ import contextlib
 import csv
 import io
 import json
+import os
 import pickle
 import random
 import resource
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -764,6 +766,28 @@ def test_places_that_are_wrong(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     with pytest.raises(DataError, match="shards: the folder holds no shard"):
         open_data(tmp_path / "shards", "webdataset")
+
+
+@contextlib.contextmanager
+def closed(folder: Path) -> Iterator[None]:
+    """Take the right to look into a folder away, from root too."""
+    is_root = os.geteuid() == 0
+    folder.chmod(0)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_what_may_not_be_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.json", [ROWS["ShareGPT"][1]])
+    for place in (path, tmp_path):
+        with closed(tmp_path), pytest.raises(DataError, match=r"cannot be opened \(Permission denied\)"):
+            open_data(place)
 
 
 def test_lines_that_are_no_json_are_rows_with_a_problem(tmp_path: Path) -> None:

@@ -378,6 +378,9 @@ def test_features_of_different_widths(cache: Path) -> None:
     two["video_fts"] = two["video_fts"][:, :-1]
     with pytest.raises(DataError, match=r"are \[15, 16\] wide"):
         train.collater([one, two])
+    train.annotation[0]["image_id"] = 3.5
+    with pytest.raises(DataError, match=r"image_id 3\.5 is no plain file name"):
+        train[0]
 
 
 @pytest.mark.parametrize("content", [[], {"dialogs": 3}, {"dialogs": [{"dialog": []}]}, {"dialogs": [{"dialog": [3]}]}])

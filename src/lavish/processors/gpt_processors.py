@@ -150,8 +150,8 @@ class GPTVideoFeatureProcessor(DialogueProcessor):
         Raises:
             DataError: a file is absent, damaged, of another shape than (frames, width), without frames, or not finite.
         """
-        if Path(vname).name != vname:
-            raise DataError(f"image_id {vname!r} is no plain file name.")
+        if not isinstance(vname, str) or Path(vname).name != vname:
+            raise DataError(f"image_id {shown(vname)} is no plain file name.")
         arrays = [_read_features(Path(ft_root) / name / f"{vname}.npy") for name in (*self.visual_ft, *self.audio_ft)]
         num_frames = min(array.shape[0] for array in arrays)
         features = np.concatenate([array[:num_frames] for array in arrays], axis=1)

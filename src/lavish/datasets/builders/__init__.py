@@ -38,13 +38,15 @@ def load_dataset(
         DataError: a file that is absent and cannot be fetched, or is damaged.
     """
     from lavish.datasets.builders.base_dataset_builder import load_dataset_config
+    from lavish.datasets.datasets.annotations import local_path
 
     builder_class = registry.get_builder_class(name)
     # Trap: LAVIS reads every TypeError in here as "not found"; a fault of a builder shows its own traceback.
     builder = builder_class(None if cfg_path is None else load_dataset_config(cfg_path, name))
     if vis_path is not None:
+        root = local_path(vis_path, "vis_path").absolute()
         place = builder.data_type if data_type is None else data_type
-        builder.config.build_info[place] = {"storage": str(Path(vis_path).expanduser().absolute())}
+        builder.config.build_info[place] = {"storage": str(root)}
         builder.data_type = place
     return builder.build_datasets()
 

@@ -128,9 +128,12 @@ class BaseDatasetBuilder:
                     "out: what is broken is told and passed over."
                 )
         self.build_processors()
-        self._check_visual_root()
-        for file in self.annotation_files():
-            self._check_file(file)
+        try:
+            self._check_visual_root()
+            for file in self.annotation_files():
+                self._check_file(file)
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be looked at ({error.strerror}).") from error
 
     def build_datasets(self) -> dict[str, Any]:
         """Check the config, fetch what is absent (one process only), and give the datasets by split."""

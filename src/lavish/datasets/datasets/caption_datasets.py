@@ -22,7 +22,11 @@ class CaptionDataset(BaseDataset):
         ann_paths: Sequence[str | Path] = (),
     ) -> None:
         super().__init__(vis_processor, text_processor, vis_root, ann_paths)
-        self.img_ids = number_images(self)
+        self.img_ids = self.numbers()
+
+    def numbers(self) -> dict[Any, int]:
+        """Give the running number of each picture."""
+        return number_images(self)
 
     def sample(self, index: int) -> dict[str, Any]:
         """Give one picture with one caption."""

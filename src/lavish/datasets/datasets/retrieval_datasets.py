@@ -12,28 +12,14 @@ from typing import Any
 from lavish.common.errors import DataError, shown
 from lavish.datasets.datasets.annotations import need
 from lavish.datasets.datasets.base_dataset import BaseDataset
-from lavish.datasets.datasets.caption_datasets import number_images
+from lavish.datasets.datasets.caption_datasets import CaptionDataset
 from lavish.datasets.datasets.videos import NUM_FRAMES, read_video
 
 
-class RetrievalDataset(BaseDataset):
+class RetrievalDataset(CaptionDataset):
     """Training: `image`, `text_input`, `image_id`, `instance_id`; pictures numbered as they first appear."""
 
     field = "image"
-
-    def __init__(
-        self,
-        vis_processor: Any = None,
-        text_processor: Any = None,
-        vis_root: str | Path | None = None,
-        ann_paths: Sequence[str | Path] = (),
-    ) -> None:
-        super().__init__(vis_processor, text_processor, vis_root, ann_paths)
-        self.img_ids = self.numbers()
-
-    def numbers(self) -> dict[Any, int]:
-        """Give the running number of each picture."""
-        return number_images(self)
 
     def sample(self, index: int) -> dict[str, Any]:
         """Give one picture with one text."""

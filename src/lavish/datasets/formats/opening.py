@@ -92,9 +92,18 @@ def open_data(
 
     Raises:
         ConfigError: an unknown format, or a path that can be none.
-        DataError: nothing there, empty, damaged, or of no known form; says which.
+        DataError: nothing there, empty, damaged, not to be read, or of no known form; says which.
         MissingDependency: parquet without the package `datasets`.
     """
+    try:
+        return _open(path, format, images, prompt, streaming)
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be opened ({error.strerror or error}).") from error
+
+
+def _open(
+    path: str | Path, format: str | None, images: str | Path | None, prompt: str | None, streaming: bool
+) -> Source:
     if format is not None and format not in FORMATS:
         raise ConfigError(
             f"format {shown(format)} is unknown.{did_you_mean(str(format), FORMATS)} Known: {', '.join(FORMATS)}."
