@@ -1,28 +1,22 @@
 """docs/datasets.md says what the code can do."""
 
 import importlib
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from script_module import load_script
 
 from lavish.common.config import PACKAGE
 from lavish.common.registry import BUILT_IN, registry
 from lavish.datasets.builders import dataset_zoo
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "scripts" / "write_dataset_tables.py"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("write_dataset_tables", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("write_dataset_tables")
 
 
 def test_the_page_is_current(script) -> None:

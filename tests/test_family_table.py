@@ -1,26 +1,20 @@
 """docs/families.md says what the code can do."""
 
 import importlib
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from script_module import load_script
 
 from lavish.models import CAPABILITIES, FAMILIES, Family
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "scripts" / "write_family_table.py"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("write_family_table", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("write_family_table")
 
 
 def test_the_page_is_current(script) -> None:

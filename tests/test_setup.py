@@ -1,6 +1,5 @@
 """The set-up script: its decisions, and what it says where it cannot go on. `make test` begins with the real thing."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from script_module import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,11 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def setup_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, its `.venv` moved to a temporary folder."""
-    spec = importlib.util.spec_from_file_location("setup_venv", ROOT / "scripts" / "setup_venv.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("setup_venv")
     monkeypatch.setattr(module, "VENV", tmp_path)
     monkeypatch.setattr(module, "STAMP", tmp_path / "setup.json")
     monkeypatch.setattr(module, "LOG", tmp_path / "setup.log")

@@ -1,10 +1,11 @@
 """The fuzz script runs over every reader and knows a fault when it sees one."""
 
-import importlib.util
 import random
 import subprocess
 import sys
 from pathlib import Path
+
+from script_module import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,12 +23,7 @@ def test_mutated_files_give_typed_errors() -> None:
 
 def test_a_fault_is_kept_and_told(tmp_path: Path) -> None:
     """A reader that raises what it should not is found, and the file that shows it is written down."""
-    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts/fuzz.py")
-    assert spec is not None
-    assert spec.loader is not None
-    fuzz = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz"] = fuzz
-    spec.loader.exec_module(fuzz)
+    fuzz = load_script("fuzz")
     target = fuzz.targets()["mindspore"]
     clean = target.read
 
