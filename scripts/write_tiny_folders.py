@@ -13,12 +13,16 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import Split
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.trainers import BpeTrainer
 
-from lavish.datasets.scenes.world import COLOURS, SHAPES
+from lavish.datasets.scenes import dialogues
+from lavish.datasets.scenes.world import COLOURS, PATTERNS, SHAPES
 from lavish.models.glm4v_9b import tokenizer as glm
 from lavish.processors import qwen_tokenizer as qwen
 
@@ -221,9 +225,24 @@ def minigpt4_qwen() -> dict[str, bytes]:
     return {"config.json": as_json(config), qwen.RANK_FILE: rank_file(ranks)}
 
 
+def gpt_dialogue() -> dict[str, bytes]:
+    """Give the files of projects/gpt_dialogue/tiny: byte pairs of the texts of `scenes_dialogue`, in GPT-2's form."""
+    texts = [f"{dialogues.CAPTION.format(pattern)} {dialogues.SUMMARY}" for pattern in PATTERNS]
+    for label, values in dialogues.VideoSettings().values().items():
+        question, answer = dialogues.TURNS[label]
+        texts += [*[question] * 5, *(answer.format(value) for value in values)]
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
+    with TemporaryDirectory() as folder:
+        return {path.name: path.read_bytes() for path in map(Path, tokenizer.model.save(folder))}
+
+
 def folders() -> dict[Path, bytes]:
     """Give the content of every file by its path."""
-    made = {"glm4v_9b": glm4v_9b(), "clip_qwen": clip_qwen(), "minigpt4_qwen": minigpt4_qwen()}
+    chat = {"glm4v_9b": glm4v_9b(), "clip_qwen": clip_qwen(), "minigpt4_qwen": minigpt4_qwen()}
+    made = {**chat, "gpt_dialogue": gpt_dialogue()}
     return {
         PROJECTS / family / "tiny" / name: content for family, files in made.items() for name, content in files.items()
     }

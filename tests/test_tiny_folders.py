@@ -22,7 +22,7 @@ def test_the_files_are_current() -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     wanted = script.folders()
-    here = [path for family in FAMILIES for path in (ROOT / "projects" / family / "tiny").iterdir()]
+    here = [path for family in (*FAMILIES, "gpt_dialogue") for path in (ROOT / "projects" / family / "tiny").iterdir()]
     assert set(here) == set(wanted)
     assert [path for path in here if path.read_bytes() != wanted[path]] == [], "run scripts/write_tiny_folders.py"
 
