@@ -9,7 +9,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def load_script(name: str) -> ModuleType:
-    """Run `scripts/<name>.py` as a module of that name: anew for each call, so that what a test changes stays its own."""
+    """Run `scripts/<name>.py` as a module, anew for each call: what a test changes in it stays its own."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
