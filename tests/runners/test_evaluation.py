@@ -668,6 +668,22 @@ def test_the_recipe_of_a_model_that_chats(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text())["record"]["asked"]["vqa"]["chat_template"] == "vqa"
 
 
+def test_recipes_of_choices(tmp_path: Path) -> None:
+    """A-OKVQA's choices, by the recipe; and MMBench's recipe asks for its file."""
+    folder = sets.ROOT / "projects" / "cogvlm2" / "eval"
+    options = ["model.path=null", "run.num_workers=0", "run.device=cpu", f"run.output_dir={tmp_path}"]
+    (split,) = evaluation.evaluate(Config(folder / "aokvqa_eval.yaml", options)).splits
+    assert split.metrics is not None
+    assert split.metrics["chance"] == 25
+    assert [row["result"]["right_choice"] for row in split.rows] == ["ABCD"[at % 4] for at in range(7)]
+    with pytest.raises(ConfigError, match=r"names no file|has no split"):
+        evaluation.check(Config(folder / "mmbench_eval.yaml", options))
+    rows_file = tmp_path / "rows.tsv"
+    rows_file.write_text("index\tquestion\tA\tB\tanswer\timage\n1\tq\tx\ty\tA\ta.png\n")
+    storage = f"datasets.questions.build_info.annotations.val.storage={rows_file}"
+    assert evaluation.check(Config(folder / "mmbench_eval.yaml", [*options, storage]))
+
+
 def test_a_recipe_of_blip_with_another_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """`model.path` on the command line puts any model into it."""
     more = ("run.num_workers=0", "run.device=cpu", f"run.output_dir={tmp_path}")
