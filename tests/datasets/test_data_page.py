@@ -113,6 +113,14 @@ def test_a_page(tmp_path: Path) -> None:
     assert text.count("class=bad") == 1
 
 
+def test_spaces_stay(tmp_path: Path) -> None:
+    """An answer that is code is looked at as it is: HTML alone would join the spaces."""
+    code = "def f(x):\n    return x"
+    text = page([look_at("row", sample(tmp_path, code))], title="x", facts=[])
+    assert "<p>def f(x):<br>    return x</p>" in text
+    assert re.search(r"\.message p\{[^}]*white-space:pre-wrap", text)
+
+
 def test_a_target_is_drawn(tmp_path: Path) -> None:
     picture(tmp_path)
     ((_, made),) = open_data(write(tmp_path / "rows.json", [ROWS["RefCOCO"][1]])).samples()
@@ -129,6 +137,11 @@ def test_what_cannot_be_shown(tmp_path: Path) -> None:
     text = page([shown, look_at("row 2", DataError("is wrong"))], title="x", facts=[])
     assert "is wrong" in text
     assert text.count("class='problem'") == 2, "the picture and the row"
+    shown = look_at("row 1", made, load_processor(None))
+    text = page([shown], title="x", facts=[])
+    assert text.count("damaged PNG") == 1, "the row says it, and the picture's place has its name"
+    assert "✕ a.png" in text
+    checked(text)
     video = {"id": "v", "messages": said([{"type": "video", "video": "clips/v.mp4"}, {"type": "text", "text": "?"}])}
     text = page([look_at("row 3", video)], title="x", facts=[])
     assert "▶ v.mp4" in text

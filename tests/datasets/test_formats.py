@@ -234,6 +234,14 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"image": "a.png", "question": Q, "answer": ["dark", "Red.", "Red."], "question_id": 7},
         ONE,
     ),
+    "a question with choices": (
+        "multiple_choice",
+        {"image": "a.png", "question": Q, "choices": ["Blue.", A], "answer": 1, "question_id": 8},
+        [
+            f"user: [a.png] {Q}\nA. Blue.\nB. {A}\nAnswer with the option's letter from the given choices directly.",
+            "assistant: B",
+        ],
+    ),
     "RefCOCO": (
         "refcoco",
         {"image": "a.png", "expression": "the dog", "bbox": [2, 4, 10, 8], "width": 20, "height": 16},

@@ -167,7 +167,7 @@ def card(one: Shown, number: int) -> str:
     if one.problem is not None:
         parts.append(f"<p class='problem'>{escape(one.problem)}</p>")
     if one.messages:
-        parts.append(f"<div class='said'>{''.join(bubble(message, one.box) for message in one.messages)}</div>")
+        parts.append(f"<div class='said'>{''.join(bubble(message, one) for message in one.messages)}</div>")
     if one.pieces:
         total, learnt = one.num_tokens, one.count("learnt")
         share = f"{learnt / total:.0%}" if total else "0%"
@@ -201,21 +201,23 @@ def token(piece: Piece) -> str:
     return f"<span class='{classes}' title='{escape(title)}'>{text or '<b>∅</b>'}</span>"
 
 
-def bubble(message: Message, box: tuple[float, ...] | None) -> str:
-    """Give one message with its pictures."""
-    pictures = "".join(picture(source, box if len(message.images()) == 1 else None) for source in message.images())
+def bubble(message: Message, row: Shown) -> str:
+    """Give one message of a row with its pictures."""
+    box = row.box if len(message.images()) == 1 else None
+    pictures = "".join(picture(source, box, row.problem) for source in message.images())
     clips = "".join(f"<span class='clip'>▶ {escape(_name(source))}</span>" for source in message.videos())
     text = escape(message.text("\n")).replace("\n", "<br>")
     media = f"<div class='pictures'>{pictures}{clips}</div>" if pictures or clips else ""
     return f"<div class='message {message.role}'><span class='role'>{message.role}</span>{media}<p>{text}</p></div>"
 
 
-def picture(source: Any, box: tuple[float, ...] | None) -> str:
-    """Give a picture, small and inside the page, with its target drawn; or why it cannot be shown."""
+def picture(source: Any, box: tuple[float, ...] | None, told: str | None = None) -> str:
+    """Give a picture, small and inside the page, with its target; or why there is none, where `told` is not it."""
     try:
         opened = open_image(source)
     except LavishError as error:
-        return f"<p class='problem'>{escape(str(error))}</p>"
+        name = f"<span class='clip'>✕ {escape(_name(source))}</span>"
+        return name if str(error) == told else f"<p class='problem'>{escape(str(error))}</p>"
     size = f"{opened.width} × {opened.height}"
     opened.thumbnail((MAX_SIDE, MAX_SIDE))
     stream = io.BytesIO()
@@ -263,9 +265,10 @@ color:var(--card);text-align:center;font-size:12px;line-height:24px}
 .id{color:var(--soft);font-weight:400}
 .problem{background:var(--bad-paper);color:var(--bad);border-radius:8px;padding:8px 12px;margin:0 0 12px;
 overflow-wrap:anywhere}
+.problem:last-child{margin:0}
 .said{display:grid;gap:8px}
 .message{padding:8px 14px 10px;border-radius:10px;max-width:86%;min-width:0}
-.message p{margin:0;overflow-wrap:anywhere}
+.message p{margin:0;overflow-wrap:anywhere;white-space:pre-wrap}
 .user{background:var(--user);justify-self:start}.assistant{background:var(--assistant);justify-self:end}
 .system{background:var(--system);justify-self:center}
 .role{font-size:11px;color:var(--soft);text-transform:uppercase;letter-spacing:.06em}

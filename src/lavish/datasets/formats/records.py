@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
 from lavish.common import grounding
 from lavish.common.boxes import Box
 from lavish.common.errors import DataError, shown
 from lavish.datasets.datasets.annotations import need
+from lavish.datasets.formats import choices
 from lavish.datasets.formats.samples import Options, Pictures, Sample, converse, listed, speaker
 
 Convert = Callable[[Mapping[str, Any], Pictures, Options], Sample]
@@ -210,6 +212,17 @@ def question_sample(row: Mapping[str, Any], pictures: Pictures, options: Options
     return {"messages": pair(question, most_frequent(_first(row, ANSWERS)), _some(row, pictures))}
 
 
+def choice_sample(row: Mapping[str, Any], pictures: Pictures, options: Options) -> Sample:
+    """A question with choices; the letter of the right one is learnt."""
+    (row,) = choices.with_pictures([row])
+    asked = choices.asked_of(row)
+    if asked.right is None:
+        raise DataError("the right choice is hidden; there is nothing to learn.")
+    question = filled(options.prompt, "question", asked.question)
+    text = choices.put(choices.PROMPT, question, choices.listed(asked.choices))
+    return {"messages": pair(text, ascii_uppercase[asked.right], _some(row, pictures))}
+
+
 def most_frequent(given: Any) -> str:
     """Give the answer that most annotators gave; texts, or objects with `answer`.
 
@@ -355,6 +368,12 @@ KINDS: dict[str, Kind] = {
         "`image`, `expression`, `bbox` (x, y, width, height) or `box` (corners), `width`, `height`",
         _has_box,
         referring_sample,
+    ),
+    "multiple_choice": Kind(
+        "`image`, `question`, `choices` (or columns A, B, C ...), the right one as `answer` or `correct_choice_idx`: "
+        "its place from 0, its letter or its words; `hint`, `category`",
+        lambda row: choices.has_choices(row) and row.get("direct_answers") is None,
+        choice_sample,
     ),
     "vqa": Kind(
         "`image`, `question`, `answer` (or a list of the annotators')",
