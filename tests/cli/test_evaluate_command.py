@@ -68,6 +68,17 @@ def test_another_recipe_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["evaluate", RECIPE, "--force", *options(tmp_path / "a", "run.num_beams=1")]) == 0
 
 
+def test_ctrl_c_says_what_happens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lavish.runners.evaluation.evaluate", interrupted)
+    assert main(["evaluate", RECIPE, *options(tmp_path / "a")]) == 130
+    assert "The same command goes on" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_processes_of_torchrun(tmp_path: Path) -> None:
     """One speaks, and the table is that of one process."""

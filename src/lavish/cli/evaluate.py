@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lavish.cli import options
-from lavish.cli.terminal import Progress, console, working
+from lavish.cli.terminal import Progress, console, say, working
 from lavish.common import dist
 from lavish.common.errors import ConfigError
 
@@ -56,6 +56,10 @@ def command(
     bar = Bar()
     try:
         found = evaluation.evaluate(config, force=anew, progress=bar)
+    except KeyboardInterrupt:
+        bar.close()
+        say("Interrupted. The same command goes on: what is answered is kept.")
+        raise
     finally:
         bar.close()
     if dist.is_main():
