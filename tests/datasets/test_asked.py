@@ -165,3 +165,13 @@ def test_captions(folder: Path) -> None:
     write(folder / "rows.json", [{"image": "a.png", "caption": [1]}])
     with pytest.raises(DataError, match=r"row 1: caption is \[1\]"):
         build("captions", folder / "rows.json")
+
+
+def test_any_field_may_stand_in_a_row(folder: Path) -> None:
+    row = {"image": "a.png", "question": "What?", "answer": "red", "fault": "none"}
+    assert build("questions", write(folder / "rows.json", [row]))[0]["text_input"] == "What?"
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n{\n3")
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2: no JSON"):
+        build("questions", folder / "rows.jsonl")
+    with pytest.raises(DataError, match=r"rows\.json, row 2: 3 where an object is expected"):
+        build("questions", write(folder / "rows.json", [row, 3]))

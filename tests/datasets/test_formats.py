@@ -823,6 +823,15 @@ def test_lines_end_with_a_line_break_alone(tmp_path: Path) -> None:
     assert again == row, "and half a character stays what it is"
 
 
+def test_data_of_no_rows(tmp_path: Path) -> None:
+    for name, content in (("image_map.json", {}), ("captions.json", {})):
+        write(tmp_path / "map" / name, content)
+    for path in (tmp_path / "map", write(tmp_path / "questions.json", {"questions": []})):
+        write(tmp_path / "annotations.json", {"annotations": []})
+        with pytest.raises(DataError, match=rf"{path.name}: holds no rows"):
+            open_data(path)
+
+
 def test_any_field_may_stand_in_a_row(tmp_path: Path) -> None:
     assert samples(open_data(write(tmp_path / "rows.json", [{"fault": "none", **ROWS["ShareGPT"][1]}])))
 

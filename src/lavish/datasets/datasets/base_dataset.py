@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset as TorchConcatDataset
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+from lavish.common import dist
 from lavish.common.errors import DataError, MediaError
 from lavish.common.media import open_image
 from lavish.datasets.datasets.annotations import need, read_annotations
@@ -180,6 +181,13 @@ class ConcatDataset(TorchConcatDataset):
             raise DataError("The datasets that are trained together have no key in common in their samples.")
         first: Any = self.datasets[0]
         return first.collater([{key: sample[key] for key in shared} for sample in kept])
+
+
+def this_reader() -> tuple[int, int]:
+    """Give which reader of a stream this is, and how many there are: every worker of every process is one."""
+    worker = get_worker_info()
+    num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+    return dist.rank() * num_workers + worker_id, dist.world_size() * num_workers
 
 
 def present(samples: Sequence[Any]) -> list[Any]:

@@ -14,12 +14,11 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
-from lavish.common import dist
 from lavish.common.errors import DataError, MediaError
 from lavish.common.media import open_image
-from lavish.datasets.datasets.base_dataset import MAX_WARNINGS, BaseDataset
+from lavish.datasets.datasets.base_dataset import MAX_WARNINGS, BaseDataset, this_reader
 from lavish.datasets.datasets.tar_shards import PICTURES, expand, read_shard
 from lavish.processors.base_processor import BaseProcessor
 
@@ -62,9 +61,7 @@ class LaionDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Give samples in an order that the seed decides, another one each pass."""
-        worker = get_worker_info()
-        num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        readers, reader = dist.world_size() * num_workers, dist.rank() * num_workers + worker_id
+        reader, readers = this_reader()
         epoch, given = 0, 0
         while True:
             draw = random.Random(f"{self.seed}-{epoch}")

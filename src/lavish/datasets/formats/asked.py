@@ -6,12 +6,13 @@ tasks look for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavish.common.errors import DataError, shown
 from lavish.common.media import open_image
+from lavish.datasets.datasets.annotations import Fault
 from lavish.datasets.datasets.base_dataset import BaseDataset
 from lavish.datasets.formats import choices
 from lavish.datasets.formats.opening import Source, open_data
@@ -49,16 +50,12 @@ class AskedDataset(BaseDataset):
         """
         if source.is_stream:
             raise DataError(f"{source.path}: is a stream; evaluation needs rows with a number.")
-        places, rows = zip(*source.rows, strict=True)
-        made = []
-        for where, row in zip(places, choices.with_pictures([_plain(source, row) for row in rows]), strict=True):
-            try:
-                if "fault" in row:
-                    raise DataError(str(row["fault"]))
-                made.append(self.record(row))
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
-        return made
+        places, rows = [], []
+        for where, row in source.rows:
+            places.append(where)
+            rows.append(_placed(where, _plain, source, row))
+        made = zip(places, choices.with_pictures(rows), strict=True)
+        return [_placed(where, self.record, row) for where, row in made]
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
         """Give the record of a row; what is wrong with it raises."""
@@ -138,9 +135,19 @@ class CaptionedDataset(AskedDataset):
         }
 
 
+def _placed(where: str, make: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """Call `make`; what is wrong is told with its place."""
+    try:
+        return make(*given)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
 def _plain(source: Source, row: Any) -> dict[str, Any]:
-    """Give a row as an object, as its form reads it; a `Fault` goes through and is told with its place."""
-    if isinstance(row, str):
-        return {"fault": row}
+    """Give a row as an object, as its form reads it."""
+    if isinstance(row, Fault):
+        raise DataError(row)
     made = as_row(row if source.convert.before is None else source.convert.before(row))
-    return dict(made) if isinstance(made, Mapping) else {"fault": f"{shown(row)} where an object is expected."}
+    if not isinstance(made, Mapping):
+        raise DataError(f"{shown(made)} where an object is expected.")
+    return dict(made)

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
-from lavish.common import dist
 from lavish.common.errors import DataError, shown
 from lavish.common.media import open_image
 from lavish.datasets.datasets.annotations import Fault
-from lavish.datasets.datasets.base_dataset import BROKEN, MAX_WARNINGS, BaseDataset
+from lavish.datasets.datasets.base_dataset import BROKEN, MAX_WARNINGS, BaseDataset, this_reader
 from lavish.datasets.formats.checking import problem_of
 from lavish.datasets.formats.opening import Source, open_data
 from lavish.datasets.formats.records import box_of, expression_of, media_of
@@ -103,9 +102,7 @@ class ConversationStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Give the samples in the order of the files; what is wrong is told, counted and passed over."""
-        worker = get_worker_info()
-        num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        readers, reader = dist.world_size() * num_workers, dist.rank() * num_workers + worker_id
+        reader, readers = this_reader()
         for source in self.opened:
             for where, row in _share(source.rows, reader, readers):
                 try:

@@ -96,9 +96,12 @@ def open_data(
         MissingDependency: parquet without the package `datasets`.
     """
     try:
-        return _open(path, format, images, prompt, streaming)
+        source = _open(path, format, images, prompt, streaming)
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be opened ({error.strerror or error}).") from error
+    if not source.is_stream and not len(source):
+        raise DataError(f"{path}: holds no rows.")
+    return source
 
 
 def _open(
