@@ -25,7 +25,7 @@ class NewColourSplit(SplitSettings):
     share: float = 0.5
     """Share of the scenes that show the new colour, 0..1."""
     asked: Asked = "any"
-    """About these: `new`, what is new in colour; `others`, what is not; `any`: as `tasks` weighs."""
+    """About those that show it: `new`, what is new in colour; `others`, what is not; `any`: as `tasks` weighs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class NewColourSettings(DrawnSettings):
     turns: int = 1
     """Most questions of a conversation."""
     tasks: dict[str, float] = field(default_factory=lambda: dict(TASKS))
-    """How often each task is asked where the new colour is shown."""
+    """How often each task is asked."""
 
     def __post_init__(self) -> None:
         if self.turns < 1:

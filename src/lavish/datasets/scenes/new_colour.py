@@ -18,13 +18,14 @@ import numpy as np
 from lavish.common.errors import ConfigError, DataError, shown
 from lavish.datasets.scenes.drawn import DrawnConversations, Stream
 from lavish.datasets.scenes.phrases import WORDS, article
-from lavish.datasets.scenes.questions import Question, ask
+from lavish.datasets.scenes.questions import TASK_WEIGHTS, Question, ask
+from lavish.datasets.scenes.score import CAPTION_TASKS
 from lavish.datasets.scenes.world import Rgb, Scene, sample_scene
 from lavish.models.cogvlm.processor import TEMPLATES
 
 Asked = Literal["any", "new", "others"]
-TASKS = {"colour": 6.0, "shape": 1.0, "exists": 1.0, "count": 1.0, "comparison": 1.0, "describe": 1.0}
-"""How often each task is asked where the new colour is shown, as of `questions.ask`."""
+TASKS = {name: 0.2 if name in CAPTION_TASKS else 1.0 for name in TASK_WEIGHTS} | {"colour": 8.0}
+"""How often each task is asked, as of `questions.ask`: colours often, and seldom captions, whose tokens are many."""
 JITTER = 10
 """Levels of 255 by which the new colour varies either way, as the old ones do."""
 ALL = "all"
@@ -71,7 +72,7 @@ class NewColourStream(Stream):
     share: float = 0.5
     """Share of the scenes that show the new colour."""
     asked: Asked = "any"
-    """About these: `new`, what is new in colour; `others`, what is not; `any`: as `tasks` weighs."""
+    """About those that show it: `new`, what is new in colour; `others`, what is not; `any`: as `tasks` weighs."""
     template: str = "vqa"
     """`vqa`: answers of a word or two; `chat`: sentences; `all`: both and boxes, see `NewColourConversations`."""
     tasks: Mapping[str, float] = field(default_factory=lambda: TASKS)
@@ -99,7 +100,7 @@ class NewColourStream(Stream):
             )
             questions: list[Question] = []
             if not is_new:
-                questions = self._ask(scene, rng)
+                questions = self._ask(scene, rng, task_weights=self.tasks)
             elif scene.items:
                 old = dice.choice(scene.items).colour
                 questions = self._ask_about(scene, old, rng)
