@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from lavish.common.errors import ConfigError
 from lavish.common.messages import images, normalize
@@ -187,6 +188,8 @@ def told(entry_bytes: int, datasets: Sequence[Any]) -> str:
         datasets: of conversations.
     """
     pictures = 0.0
+    if any(isinstance(dataset, IterableDataset) for dataset in datasets):
+        return f"model.feature_cache: {entry_bytes / 2**20:.3g} MiB a picture; of a stream nobody knows how many"
     for dataset in datasets:
         looked_at = min(len(dataset), NUM_COUNTED)
         sample = getattr(dataset, "unopened", dataset.__getitem__)  # conversations of files have it

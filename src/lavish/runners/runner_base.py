@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +31,7 @@ from lavish.common import dist
 from lavish.common.errors import ConfigError, TrainingError
 from lavish.common.registry import registry
 from lavish.datasets.datasets.base_dataset import ConcatDataset
-from lavish.runners import generations, pth, task_loop
+from lavish.runners import generations, pth, streams, task_loop
 from lavish.runners.average import WeightAverage
 from lavish.runners.board import Board
 from lavish.runners.device import device_of
@@ -50,9 +50,12 @@ from lavish.runners.order import (
 )
 from lavish.runners.run_folder import RunFolder, read_checkpoint
 from lavish.runners.schema import RunConfig, lavis_run_config
+from lavish.runners.streams import StreamState
 from lavish.tasks.base_task import BaseTask, TrainingData, read_losses, to_device
 
 Progress = Callable[[int, int, dict[str, float]], None]
+Batch = tuple[Sequence[int | str], dict[str, Any]]
+"""What names the samples (indices, or places in a stream), and the batch."""
 
 BAD_BATCH_FILE, RESULT_DIR = "bad_batch.json", "result"
 ID_KEYS = ("instance_id", "image_id", "question_id", "sample_id", "id")
@@ -96,7 +99,10 @@ class RunnerBase:
         self.task, self.datasets, self.progress = task, by_name(datasets), progress
         generations.check(run, validates=self.config is not None)
         self.parts = self._training_sets()
+        streams.check(self.parts, run, counts_epochs=self.counts_epochs)
         self.dataset: TrainingData = self._joined()
+        self.stream = StreamState(run.num_workers) if isinstance(self.dataset, IterableDataset) else None
+        """Where the readers of a stream are; None with data that have a length."""
         _check_processes(run)
         self.device = device_of(run)
         dist.start(self.device.type)
@@ -148,9 +154,7 @@ class RunnerBase:
             raise ConfigError(f"The recipe's datasets give the splits {splits}, but training needs {wanted}.")
         for name, dataset in found.items():
             if isinstance(dataset, IterableDataset):
-                raise ConfigError(
-                    f"datasets.{name} is a stream, which cannot be resumed exactly; save its samples into files."
-                )
+                continue
             if not len(dataset):
                 raise ConfigError(f"The split {wanted} of datasets.{name} has no samples.")
         return found
@@ -273,7 +277,7 @@ class RunnerBase:
         self,
         set_rates: Callable[[int], float],
         step_module: nn.Module,
-        batches: Iterator[tuple[list[int], dict[str, Any]]],
+        batches: Iterator[Batch],
         sums: dict[str, float],
     ) -> None:
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -342,7 +346,7 @@ class RunnerBase:
         self.step = steps.stop
         return told
 
-    def _train_step(self, model: nn.Module, batches: Iterator[tuple[list[int], dict[str, Any]]]) -> dict[str, float]:
+    def _train_step(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
         """Make one optimizer step; give the losses as means over its samples."""
         sums: dict[str, float] = {}
         if dist.world_size() > 1:  # noise of its own for each process, the same after a resume
@@ -383,7 +387,7 @@ class RunnerBase:
         total = dist.total(float(sum(counts)))
         return [count / max(total, 1.0) for count in counts]
 
-    def _update(self, losses: dict[str, float], seen: list[tuple[list[int], dict[str, Any]]]) -> None:
+    def _update(self, losses: dict[str, float], seen: list[Batch]) -> None:
         """Clip the gradients and take the optimizer's step; with a loss scale, skip one whose gradients overflowed."""
         is_scaled = self.scaler.is_enabled()
         if is_scaled:
@@ -411,7 +415,7 @@ class RunnerBase:
         with torch.autocast(self.device.type, dtype) if self.run.amp else nullcontext():
             return read_losses(self.task.train_step(model, to_device(samples, self.device)))
 
-    def _check_finite(self, losses: dict[str, float], seen: list[tuple[list[int], dict[str, Any]]]) -> None:
+    def _check_finite(self, losses: dict[str, float], seen: list[Batch]) -> None:
         """Stop a run whose loss or gradients are no numbers any more, before weights or checkpoints take them over."""
         for name in ("loss", "grad_norm"):
             value = losses.get(name, 0.0)
@@ -433,8 +437,12 @@ class RunnerBase:
             dist.add_up([losses])
             sums.update(zip(sums, losses.tolist(), strict=True))
 
-    def _batches(self, steps: range | None = None) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    def _batches(self, steps: range | None = None) -> Iterator[Batch]:
         prepare = getattr(self.model, "collator", None)  # chat models have it
+        is_cuda = self.device.type == "cuda"
+        if self.stream is not None:
+            stream = cast(streams.RowStream, self.dataset)
+            return streams.batches_of(stream, self.run, prepare, self.stream, pins=is_cuda)
         samples = SeededSamples(self.dataset, self.run.seed, prepare)
         steps = range(self.step, self.num_steps) if steps is None else steps
         passes = (part for step in steps for part, _ in self.passes(step))
@@ -443,7 +451,7 @@ class RunnerBase:
             batch_sampler=cast(Any, Passes(self.order(), passes)),
             num_workers=self.run.num_workers,
             collate_fn=samples.collate,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=is_cuda,
             generator=torch.Generator().manual_seed(self.run.seed),  # a loader draws, and not of the noise of training
         )
         return map(_unwrapped, iter(loader))
@@ -552,7 +560,12 @@ class RunnerBase:
     def _split(self, name: str) -> Any:
         found = {dataset: splits[name] for dataset, splits in self.datasets.items() if name in splits}
         if len(found) == 1:
-            return next(iter(found.values()))
+            ((dataset, split),) = found.items()
+            if isinstance(split, IterableDataset):
+                raise ConfigError(
+                    f"datasets.{dataset} gives {name!r} as a stream; what is scored needs a length: files."
+                )
+            return split
         has = sorted({split for splits in self.datasets.values() for split in splits})
         why = f"{' and '.join(found)} have one each" if found else f"the splits are {', '.join(has)}"
         raise ConfigError(f"One data set of the recipe gives the split {name!r} that is to be scored; {why}.")
@@ -601,9 +614,10 @@ class RunnerBase:
         path = self.folder.path / f"checkpoint_{name}.pth"
         with self._averaged() if name in ("best", "last") else nullcontext():
             tensors = pth.gather(self.model, self.engine)
+        stream_state = self._stream_state()
         if dist.is_main():
             unit = {"epoch": self.epoch} if self.counts_epochs else {"iters": self.step}
-            state = self._state({}) | {"samples_per_step": self.samples_per_step}
+            state = self._state({}) | stream_state
             optimizer = None if self.engine.shares_weights else self.optimizer.state_dict()
             config = self.config.to_dict() if self.config is not None else vars(self.run)
             with self.folder.room_for(path.name, path.with_suffix(".partial")):
@@ -667,6 +681,8 @@ class RunnerBase:
                 f"{self.run.accum_grad_iters}{f' x {dist.world_size()} processes' * self.run.batch_per_process}). "
                 f"Set run.accum_grad_iters={self._passes_for(saved)} to go on, or start in another run.output_dir."
             )
+        if self.stream is not None:
+            self.stream.load(state.get("stream"), self.folder.path)
         self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
         if self.scaler.is_enabled() and "scaler" in state:  # a run that was begun in another dtype has none
             self.scaler.load_state_dict(state["scaler"])
@@ -699,8 +715,12 @@ class RunnerBase:
             state["scaler"] = self.scaler.state_dict()
         return state
 
+    def _stream_state(self) -> dict[str, Any]:
+        """Say where the readers of a stream are; all processes call it."""
+        return {} if self.stream is None else {"stream": self.stream.saved()}
+
     def _save(self, sums: dict[str, float]) -> None:
-        state = self._state(sums)
+        state = self._state(sums) | self._stream_state()
         if self.average is not None:
             state["average"] = self.average.state(self.engine)
         self.folder.save(self.step, lambda folder: self.engine.save(folder, self.model, self.optimizer), state)
@@ -717,7 +737,7 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _unwrapped(batch: tuple[list[int], dict[str, Any] | Failure]) -> tuple[list[int], dict[str, Any]]:
+def _unwrapped(batch: tuple[list[int], dict[str, Any] | Failure]) -> Batch:
     indices, samples = batch
     if isinstance(samples, Failure):
         raise samples.error
@@ -744,9 +764,9 @@ def _check_processes(run: RunConfig) -> None:
         raise ConfigError(f"run.world_size is {run.world_size}, and torchrun started {dist.world_size()} processes.")
 
 
-def _ids(indices: list[int], samples: dict[str, Any]) -> dict[str, Any]:
+def _ids(indices: Sequence[int | str], samples: dict[str, Any]) -> dict[str, Any]:
     """Give what names the samples of a batch: their indices, and the ids that they carry."""
-    found: dict[str, Any] = {"index": indices}
+    found: dict[str, Any] = {"index": list(indices)}
     for key in ID_KEYS:
         if key in samples:
             value = samples[key]

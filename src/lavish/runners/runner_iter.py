@@ -17,7 +17,9 @@ class RunnerIter(RunnerBase):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an inner epoch."""
-        return self.run.iters_per_inner_epoch or super().steps_per_epoch
+        if self.run.iters_per_inner_epoch:
+            return self.run.iters_per_inner_epoch
+        return self.run.max_iters if self.stream is not None else super().steps_per_epoch
 
     @property
     def num_steps(self) -> int:

@@ -27,7 +27,7 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     *("min_lr", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "num_workers", "num_threads", "seed"),
-    *("iters_per_inner_epoch", "ema_decay", "save_steps", "sample_generations"),
+    *("iters_per_inner_epoch", "ema_decay", "save_steps", "sample_generations", "shuffle_buffer"),
 )
 _POSITIVE = ("init_lr", "muon_lr", "lr_decay_rate", "lr_layer_decay")
 
@@ -48,7 +48,8 @@ class RunConfig:
     max_iters: int = 1000
     """Optimizer steps of a `runner_iter` run."""
     iters_per_inner_epoch: int = 0
-    """Optimizer steps between two validations of a `runner_iter` run; 0: as many as the training data fills."""
+    """Optimizer steps between two validations of a `runner_iter` run; 0: as many as the training data fills, and with a
+    stream all."""
     batch_size_train: int = 32
     """Samples of one forward pass."""
     batch_size_eval: int = 32
@@ -136,6 +137,8 @@ class RunConfig:
     at: in `samples.jsonl`, `report.html` and tensorboard."""
     train_dataset_ratios: dict[str, float] | None = None
     """`runner_iter` with several data sets: how often each is drawn; every set is named."""
+    shuffle_buffer: int = 1000
+    """Of a stream: rows of each reader that one is drawn from; 0 keeps their order."""
     group_by_length: bool = False
     """Put samples of like length into one batch, where the data set tells lengths."""
     evaluate: bool = False

@@ -42,7 +42,7 @@ def check(task: BaseTask, loop: str, run: RunConfig) -> None:
 class EpochBatches:
     """The batches of one epoch, as LAVIS's loops take them: with a length, and by `next`."""
 
-    def __init__(self, dataset: Any, batches: Iterator[tuple[list[int], dict[str, Any]]], count: int) -> None:
+    def __init__(self, dataset: Any, batches: Iterator[tuple[Any, dict[str, Any]]], count: int) -> None:
         self.dataset, self._batches, self._count = dataset, batches, count
 
     def __len__(self) -> int:

@@ -71,7 +71,9 @@ class ConversationsBuilder(OwnFilesBuilder):
             super()._check_file(file)
 
     def _class_of(self, split: str) -> Any:
-        return ConversationStream if self.build_info.get("streaming", False) else super()._class_of(split)
+        # Held-out samples are scored by number, so they are no stream.
+        is_stream = split == "train" and self.build_info.get("streaming", False)
+        return ConversationStream if is_stream else super()._class_of(split)
 
     def dataset_options(self, split: str) -> dict[str, Any]:
         """Give the format and the prompt."""

@@ -8,6 +8,7 @@ and passed over.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import random
@@ -77,6 +78,34 @@ class LaionDataset(IterableDataset):
             if given == before:
                 raise DataError(f"None of the {len(own)} shards has a sample that can be read, first {own[0]}.")
             epoch += 1
+
+    def rows(self, reader: int, readers: int, seed: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Give the rows of one reader for one pass, for a runner that draws and resumes by itself: whole shards, where
+        there are enough of them, else every so many rows."""
+        order = random.Random(seed).sample(self.shards, len(self.shards))
+        if len(order) >= readers:
+            return self._rows(order[reader::readers])
+        return itertools.islice(self._rows(order), reader, None, readers)
+
+    def _rows(self, shards: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for shard in shards:
+            try:
+                for record in read_shard(shard):
+                    yield f"{shard}, sample {record['__key__'].decode()!r}", record
+            except DataError as error:
+                self._note_broken(shard, error)
+
+    def sample(self, row: tuple[str, dict[str, bytes]]) -> dict[str, Any]:
+        """Make the sample of a row.
+
+        Raises:
+            DataError, MediaError: it has no picture or text that can be read.
+        """
+        return self._sample(row[1])
+
+    def note_broken(self, row: tuple[str, dict[str, bytes]], error: Exception) -> None:
+        """Tell and count a row that no sample could be made of."""
+        self._note_broken(row[0], error)
 
     def _samples(self, shards: Sequence[str]) -> Iterator[dict[str, Any]]:
         for shard in shards:

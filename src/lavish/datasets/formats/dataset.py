@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from lavish.datasets.formats.checking import problem_of
 from lavish.datasets.formats.opening import Source, open_data
 from lavish.datasets.formats.records import box_of, expression_of, media_of
 from lavish.datasets.formats.samples import Pictures
-from lavish.datasets.formats.tables import ShardStream
+from lavish.datasets.formats.tables import ParquetStream, ShardStream
 
 logger = logging.getLogger(__name__)
+
+PARTED = (ShardStream, ParquetStream)
+"""Streams that are shared out in parts."""
 
 
 class ConversationDataset(BaseDataset):
@@ -106,11 +110,44 @@ class ConversationStream(IterableDataset):
         for source in self.opened:
             for where, row in _share(source.rows, reader, readers):
                 try:
-                    yield {**with_pictures(checked(source.sample(where, row))), "instance_id": where}
+                    yield self.sample((source, where, row))
                 except BROKEN as error:
-                    self.num_broken += 1
-                    if self.num_broken <= MAX_WARNINGS:
-                        logger.warning("%s: %s It is left out (%d broken so far).", where, error, self.num_broken)
+                    self.note_broken((source, where, row), error)
+
+    def rows(self, reader: int, readers: int, seed: str) -> Iterator[tuple[Source, str, Any]]:
+        """Give the rows of one reader for one pass: whole shards (of parquet groups of rows), where there are enough of
+        them, else every so many rows. The seed decides the order of the shards, the same in all readers."""
+        parts: list[tuple[Source, Any]] = []
+        for source in self.opened:
+            whole: Any = source.rows
+            parts += [(source, part) for part in (whole.parts() if isinstance(whole, PARTED) else [whole])]
+        random.Random(seed).shuffle(parts)
+        if len(parts) >= readers:
+            return self._rows(parts[reader::readers])
+        return itertools.islice(self._rows(parts), reader, None, readers)
+
+    def _rows(self, parts: Sequence[tuple[Source, Any]]) -> Iterator[tuple[Source, str, Any]]:
+        for source, rows in parts:
+            try:
+                for where, row in rows:
+                    yield source, where, row
+            except DataError as error:  # a shard that is cut off
+                self.note_broken((source, source.path, None), error)
+
+    def sample(self, row: tuple[Source, str, Any]) -> dict[str, Any]:
+        """Make the sample of a row.
+
+        Raises:
+            DataError, MediaError: the row is wrong.
+        """
+        source, where, content = row
+        return {**with_pictures(checked(source.sample(where, content))), "instance_id": where}
+
+    def note_broken(self, row: tuple[Source, str, Any], error: Exception) -> None:
+        """Tell and count a row that no sample could be made of."""
+        self.num_broken += 1
+        if self.num_broken <= MAX_WARNINGS:
+            logger.warning("%s: %s It is left out (%d broken so far).", row[1], error, self.num_broken)
 
     def collater(self, samples: Sequence[Any]) -> dict[str, Any]:
         """Make a batch of lists."""
@@ -201,6 +238,7 @@ def checked(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _share(rows: Any, reader: int, readers: int) -> Iterator[tuple[str, Any]]:
     """Give the rows of one reader: whole shards where there are enough of them, else every so many rows."""
-    if isinstance(rows, ShardStream) and len(rows.shards) >= readers:
-        return iter(ShardStream(rows.shards[reader::readers]))
+    parts = rows.parts() if isinstance(rows, PARTED) else []
+    if len(parts) >= readers:
+        return itertools.chain.from_iterable(parts[reader::readers])
     return itertools.islice(iter(rows), reader, None, readers)

@@ -63,11 +63,46 @@ class TableStream:
             yield f"{self.name}, row {at}", row
 
 
+class ParquetStream:
+    """Rows of parquet files without a table in memory, one group of rows after the other.
+
+    Trap: a streamed data set of the package `datasets` shares itself out among the workers of a torch loader, behind
+    the back of whoever has shared it out already; so the files are read as they are.
+
+    Args:
+        groups: (file, number of a group of rows, rows of the file before it).
+        name: of the data.
+    """
+
+    def __init__(self, groups: Sequence[tuple[str, int, int]], name: str) -> None:
+        self.groups, self.name = list(groups), name
+
+    def parts(self) -> list[ParquetStream]:
+        """Give the same rows in parts."""
+        return [ParquetStream([group], self.name) for group in self.groups]
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports] - comes with the extra
+
+        for file, group, before in self.groups:
+            place = Path(file).name
+            try:
+                rows = ParquetFile(file).read_row_group(group).to_pylist()
+            except _FAULTS as error:
+                raise DataError(f"{place}: cannot be read from row {before + 1} on ({error}).") from error
+            for at, row in enumerate(rows, start=before + 1):
+                yield f"{place}, row {at}", row
+
+
 class ShardStream:
     """Samples of tar shards as rows: the JSON of a sample with its pictures, or its text as the caption."""
 
     def __init__(self, shards: Sequence[str]) -> None:
         self.shards = list(shards)
+
+    def parts(self) -> list[ShardStream]:
+        """Give the same rows in parts: the shards."""
+        return [ShardStream([shard]) for shard in self.shards]
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for shard in self.shards:
@@ -117,7 +152,7 @@ def open_shards(path: str) -> ShardStream:
     return ShardStream(shards)
 
 
-def open_table(path: Path, *, streaming: bool = False) -> TableRows | TableStream:
+def open_table(path: Path, *, streaming: bool = False) -> TableRows | TableStream | ParquetStream:
     """Open a parquet file, a folder of them, or a folder that `save_to_disk` wrote.
 
     Raises:
@@ -137,10 +172,12 @@ def open_table(path: Path, *, streaming: bool = False) -> TableRows | TableStrea
     is_saved = path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file())
     files = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else [str(path)]
     try:
+        if streaming and not is_saved:
+            return ParquetStream(_groups(files), path.name)
         if is_saved:
             table = datasets.load_from_disk(str(path))
         else:
-            table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+            table = datasets.load_dataset("parquet", data_files=files, split="train")
     except (*_FAULTS, datasets.exceptions.DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).rstrip(".")
         raise DataError(f"{path}: the package datasets cannot read it: {reason}.") from error
@@ -149,9 +186,21 @@ def open_table(path: Path, *, streaming: bool = False) -> TableRows | TableStrea
             raise DataError(f"{path}: holds the splits {', '.join(table)}; name the folder of one.")
         table = table["train"] if "train" in table else next(iter(table.values()))
     table = undecoded(table)
-    if streaming or not hasattr(table, "__len__"):  # a streamed table has no length
+    if streaming:
         return TableStream(table, path.name)
     return TableRows(table, path.name)
+
+
+def _groups(files: Sequence[str]) -> list[tuple[str, int, int]]:
+    from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports] - comes with the extra
+
+    found = []
+    for file in files:
+        described, before = ParquetFile(file).metadata, 0
+        for group in range(described.num_row_groups):
+            found.append((file, group, before))
+            before += described.row_group(group).num_rows
+    return found
 
 
 def undecoded(table: Any) -> Any:
