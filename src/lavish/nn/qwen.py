@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 
 from lavish.common.errors import ConfigError, PromptError, shown
-from lavish.nn.losses import causal_loss
+from lavish.nn.losses import logits_and_loss
 
 # -- config ------------------------------------------------------------------------------------------------------------
 
@@ -398,9 +398,9 @@ def causal_output(
     plain = attention_mask is not None and attention_mask.ndim == 2
     position_ids = positions_from_mask(inputs_embeds, attention_mask if plain else None, past)
     hidden_states = decoder(inputs_embeds, position_ids, attention_mask, past_key_values, alphas)
-    logits = lm_head(hidden_states[:, -logits_to_keep:] if labels is None else hidden_states).float()
+    logits, loss = logits_and_loss(lm_head, hidden_states, labels, logits_to_keep)
     return CausalLMOutputWithPast(
-        loss=None if labels is None else causal_loss(logits, labels),
+        loss=loss,
         logits=logits,
         past_key_values=past_key_values,
     )

@@ -32,6 +32,7 @@ from lavish.inference.random_start import random_model, with_random_projector
 from lavish.inference.vlm import VLM
 from lavish.models import family_of
 from lavish.models.base_model import BaseModel, read_fields
+from lavish.nn.losses import NO_LOGITS
 from lavish.runners.feature_folder import FeatureFolder, digest
 from lavish.runners.order import NUM_TARGETS
 from lavish.tasks.base_task import to_device
@@ -232,7 +233,7 @@ class ChatLearner(BaseModel):
             if self.features is not None and DIGESTS in prepared:
                 pixel_values = inputs.pop("pixel_values")
                 inputs["image_features"] = self.features.image_features(pixel_values, prepared[DIGESTS])
-            return {"loss": self.network(**inputs).loss.float()}
+            return {"loss": self.network(**inputs, logits_to_keep=NO_LOGITS).loss.float()}
 
     @torch.no_grad()
     def generate(self, samples: Mapping[str, Any], max_new_tokens: int = 64) -> list[str]:
@@ -338,7 +339,8 @@ def _model(settings: ChatSettings) -> VLM:
         return random_model(settings.path, **same)
     if settings.init == "random_projector":
         return with_random_projector(settings.path, settings.pieces, quantization=settings.quantization, **same)
-    return load(settings.path, quantization=settings.quantization, base=settings.base, **same, **settings.pieces)
+    same |= settings.pieces  # paths by the names of pieces
+    return load(settings.path, quantization=settings.quantization, base=settings.base, **same)
 
 
 def _with_lora(network: Any, settings: LoraSettings) -> Any:

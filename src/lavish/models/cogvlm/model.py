@@ -33,7 +33,7 @@ from lavish.nn.eva2_clip import EVA2CLIPModel
 from lavish.nn.generation import RopeDeltasGenerationMixin
 from lavish.nn.image_steps import ImageStep
 from lavish.nn.linear import Linear
-from lavish.nn.losses import causal_loss
+from lavish.nn.losses import logits_and_loss
 
 MANY_TOKENS = 64  # from here on a norm saves memory traffic, below it (a decoding step) it saves calls
 
@@ -474,7 +474,7 @@ class CogVLMForCausalLM(PreTrainedModel, RopeDeltasGenerationMixin):
             inputs_embeds: instead of `input_ids`; image features are laid over its slots too.
             image_features: (images, num_image_tokens, hidden) of `get_image_features`; the tower is skipped.
             labels: (batch, seq), -100 = ignore; shifted by one here. The loss is the mean over label tokens.
-            logits_to_keep: logits of the last so many columns only; 0: of all.
+            logits_to_keep: logits of the last so many columns only; 0: of all. With labels all; NO_LOGITS: none.
             rope_deltas: of the last output; None: read from the cache, where the last forward left them.
         Raises: PromptError if the image slots, their number and the images do not fit together.
         """
@@ -502,9 +502,9 @@ class CogVLMForCausalLM(PreTrainedModel, RopeDeltasGenerationMixin):
         if past_key_values is not None and plan.is_prefill:
             # State of the call: it lives and dies with its cache, never on the module.
             past_key_values.rope_deltas = plan.rope_deltas  # pyright: ignore[reportAttributeAccessIssue]
-        logits = self.lm_head(hidden_states[:, -logits_to_keep:] if labels is None else hidden_states).float()
+        logits, loss = logits_and_loss(self.lm_head, hidden_states, labels, logits_to_keep)
         output = CogVLMOutputWithPast(
-            loss=None if labels is None else causal_loss(logits, labels),
+            loss=loss,
             logits=logits,
             past_key_values=past_key_values,
             hidden_states=None if all_hidden_states is None else tuple(all_hidden_states),

@@ -27,7 +27,7 @@ from lavish.nn.eva2_clip import EVA2CLIPModel
 from lavish.nn.generation import RopeDeltasGenerationMixin
 from lavish.nn.image_steps import ImageStep
 from lavish.nn.linear import Linear
-from lavish.nn.losses import causal_loss
+from lavish.nn.losses import logits_and_loss
 
 # -- rotary embedding --------------------------------------------------------------------------------------------------
 
@@ -451,7 +451,7 @@ class Glm4v9bForCausalLM(PreTrainedModel, RopeDeltasGenerationMixin):
             inputs_embeds: instead of `input_ids`; image features must be in it already.
             image_features: (images, num_image_tokens, hidden) of `get_image_features`; the tower is skipped.
             labels: (batch, seq), -100 = ignore; shifted by one here. The loss is the mean over label tokens.
-            logits_to_keep: logits of the last so many columns only; 0: of all.
+            logits_to_keep: logits of the last so many columns only; 0: of all. With labels all; NO_LOGITS: none.
             rope_deltas: of the last output; None: read from the cache, where the last forward left them.
         Raises: PromptError if images and slots, or shapes, do not fit, or the positions pass `seq_length`.
         """
@@ -475,9 +475,9 @@ class Glm4v9bForCausalLM(PreTrainedModel, RopeDeltasGenerationMixin):
         if past_key_values is not None and rope_deltas is None:
             # State of the call: it lives and dies with its cache, never on the module.
             past_key_values.rope_deltas = deltas  # pyright: ignore[reportAttributeAccessIssue]
-        logits = self.lm_head(hidden_states[:, -logits_to_keep:] if labels is None else hidden_states).float()
+        logits, loss = logits_and_loss(self.lm_head, hidden_states, labels, logits_to_keep)
         output = ChatGLMOutputWithPast(
-            loss=None if labels is None else causal_loss(logits, labels),
+            loss=loss,
             logits=logits,
             past_key_values=past_key_values,
             hidden_states=None if all_hidden_states is None else tuple(all_hidden_states),
