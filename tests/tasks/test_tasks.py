@@ -209,17 +209,18 @@ def test_questions_with_one_right_answer() -> None:
         ("", "red"),
         ("teal", ["blue", {"answer": "Teal"}]),
         ("3", 3),
+        ("red", ["red", "blue", "blue"]),
     ]
     results = [{"question_id": at, "answer": text, "reference": refs} for at, (text, refs) in enumerate(given)]
     scores = VQATask({}).score(results, None, "val")
     assert scores is not None
-    assert (scores.measures["vqa_accuracy"].per_sample == [100, 100, 0, 0, 100, 100]).all()
+    assert (scores.measures["vqa_accuracy"].per_sample == [100, 100, 0, 0, 100, 100, 100]).all()
     assert scores.notes == ["All questions have fewer than 4 answers; there any one of them is right."]
     results[0]["reference"] = ["red", "red", "blue", "blue"]
     scores = VQATask({}).score(results, None, "val")
     assert scores is not None
     assert scores.measures["vqa_accuracy"].per_sample[0] == pytest.approx(50)
-    assert scores.notes[0].startswith("5 of 6 questions")
+    assert scores.notes[0].startswith("6 of 7 questions")
     with pytest.raises(DataError, match=r"Question 0: the right answer is .*a text or a list"):
         VQATask({}).score([{**results[0], "reference": {"a": 1}}], None, "val")
 

@@ -128,6 +128,11 @@ def test_choices(answer: str, expected: int | None) -> None:
         ("**Answer:** B", ["x", "y"], 1),
         ("I think so", [*"stuvwxyz", "q"], None),
         ("Zoë", ["Zo", "Zoë"], 1),
+        ("It is a black cat.", ["cat", "black cat"], 1),
+        ("1.5", ["5", "2"], None),
+        ("cat", ["cat", "Cat"], 0),
+        ("CAT", ["cat", "Cat"], None),
+        ("It is a cat.", ["cat", "Cat"], None),
         ("no", ["yes", "no"], 1),
         ("No, there is nothing.", ["yes", "no"], 1),
     ],
@@ -158,6 +163,7 @@ def test_boxes() -> None:
     overlap, is_right, _ = score_reply("[[100,100,500,300]]", target)
     assert (overlap, is_right) == (pytest.approx(0.5), True)
     assert score_reply("[[100,100,500,290]]", target).is_right is False
+    assert score_reply("[[000,000,050,050]] or [[100,100,500,500]]", target).is_right is False  # the first counts
     assert score_reply("nowhere", target) == (0.0, False, False)
     assert score_reply("[[1,2,3]] then [[100,100,500,500]]", target).is_right  # the first that is a box
 

@@ -1,6 +1,7 @@
 """Caption metrics against what pycocoevalcap and its Java programs give (tests/fixtures/metrics/make_expected.py)."""
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,40 @@ def test_meteor_is_that_of_pycocoevalcap() -> None:
     expected = recorded()["expected"]["METEOR"]
     assert found.score == pytest.approx(expected["score"], abs=1e-12)
     assert found.scores == pytest.approx(expected["scores"], abs=1e-12)
+
+
+JAVA = """#!{python}
+import sys
+with open("{log}", "w", encoding="utf-8") as log:
+    print(*sys.argv[1:], file=log)
+    for line in sys.stdin:
+        log.write(line)
+        log.flush()
+        if line.startswith("SCORE"):
+            print("counts", line.count("|||"), flush=True)
+        else:
+            print(0.25, 0.75, 0.4, sep="\\n", flush=True)
+"""
+
+
+def test_meteor_asks_its_program_as_pycocoevalcap_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A program that writes down what it is asked, in the place of Java: references first, no mark of the protocol in a
+    text, then all counts at once, and the last number is that of the set."""
+    java, log = tmp_path / "java", tmp_path / "log"
+    java.write_text(JAVA.format(python=sys.executable, log=log))
+    java.chmod(0o755)
+    (tmp_path / meteor.JAR).touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(meteor.ENVIRONMENT, str(tmp_path / meteor.JAR))
+    found = meteor.meteor([["a", "|||", "dog"], ["\ud83d"]], [[["one"], ["two"]], [["three"]]], meteor.find_jar())
+    assert found == (0.4, [0.25, 0.75])
+    asked = log.read_text(encoding="utf-8").splitlines()
+    assert asked[0].startswith("-jar -Xmx2G meteor-1.5.jar - - -stdio -l en -norm")
+    assert asked[1:] == [
+        "SCORE ||| one ||| two ||| a  dog",
+        "SCORE ||| three ||| ?",
+        "EVAL ||| counts 3 ||| counts 2",
+    ]
 
 
 def test_meteor_says_what_is_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -47,6 +47,15 @@ def test_a_small_steady_gain_is_seen_by_pairing() -> None:
     assert found.interval.high - found.interval.low < unpaired_width / 10
 
 
+def test_p_value_of_one_gain_in_three() -> None:
+    """A resample without the gain has a share of (2/3)^3, and p counts both sides."""
+    found = compare(mean_of([0.0, 1.0, 1.0]), mean_of([1.0, 1.0, 1.0]))
+    assert found.p_value == pytest.approx(2 * (2 / 3) ** 3, abs=0.06)  # of 1000 draws, four standard errors
+    assert found.interval.low == 0
+    single = compare(mean_of([0.5]), mean_of([0.75]))
+    assert single == (0.25, (0.25, 0.25), 0.0)
+
+
 def test_no_difference() -> None:
     same = mean_of([0.0, 1.0, 1.0])
     assert compare(same, same) == (0.0, (0.0, 0.0), 1.0)

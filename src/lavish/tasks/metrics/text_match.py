@@ -92,7 +92,8 @@ def _named(text: str, choices: Sequence[str], letters: str) -> int | None:
     if len(bare) == 1 and bare.upper() in letters and bare not in choices:
         return letters.index(bare.upper())
     same = [index for index, choice in enumerate(choices) if _bare(choice) == _bare(text)]
-    return same[0] if len(same) == 1 else None
+    exact = [index for index in same if choices[index].strip() == text.strip()]
+    return exact[0] if len(exact) == 1 else same[0] if len(same) == 1 else None
 
 
 def _bare(text: str) -> str:
@@ -102,11 +103,12 @@ def _bare(text: str) -> str:
 def _mentioned(text: str, choices: Sequence[str]) -> int | None:
     """Give the only choice whose words stand in the text; what lies within a longer choice there does not count."""
     left = _fold(text)
+    bare = list(map(_bare, choices))
     found = []
     for index in sorted(range(len(choices)), key=lambda index: -len(choices[index])):
-        words = _bare(choices[index])
+        words = bare[index]
         if words and re.search(_standing(words), left):
-            found.append(index)
+            found += [index] * bare.count(words)
             left = re.sub(_standing(words), " ", left)
     return found[0] if len(found) == 1 else None
 
