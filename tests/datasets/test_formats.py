@@ -691,6 +691,18 @@ BAD: dict[str, tuple[Any, str]] = {
         {"image": "a.png", "expression": "x", "bbox": [9, 0, 2, 2], "width": 9, "height": 9},
         "bbox is [9, 0, 2, 2], which lies beside the picture of 9 x 9 pixels",
     ),
+    "a box below its picture": (
+        {"image": "a.png", "expression": "x", "bbox": [0, 9, 2, 2], "width": 9, "height": 9},
+        "bbox is [0, 9, 2, 2], which lies beside the picture",
+    ),
+    "a box left of its picture": (
+        {"image": "a.png", "expression": "x", "box": [-3, 0, 0, 2], "width": 9, "height": 9},
+        "box is [-3, 0, 0, 2], which lies beside the picture",
+    ),
+    "a picture of no height": (
+        {"image": "a.png", "expression": "x", "bbox": [1, 1, 2, 2], "width": 9, "height": 0},
+        "width and height are 9 and 0; the picture's size in pixels is needed",
+    ),
     "a picture wider than all": (
         {"image": "a.png", "expression": "x", "bbox": [1, 1, 2, 2], "width": 10**400, "height": 4},
         "the picture's size in pixels is needed",
@@ -807,8 +819,9 @@ def test_lines_that_are_no_json_are_rows_with_a_problem(tmp_path: Path) -> None:
     assert [where for where, _ in report.problems] == [f"rows.jsonl, row {at}" for at in (2, 4, 5)]
     assert all("no JSON (" in told for _, told in report.problems)
     assert report.num_rows == 5
-    count, left_out = write_data(source, tmp_path / "out.jsonl", skip_bad=True)
-    assert (count, len(left_out)) == (2, 3)
+    seen: list[int] = []
+    count, left_out = write_data(source, tmp_path / "out.jsonl", skip_bad=True, progress=seen.append)
+    assert (count, len(left_out), seen) == (2, 3, [1, 2, 3, 4, 5])
 
 
 def test_lines_end_with_a_line_break_alone(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from lavish.common.errors import DataError, MediaError
+from lavish.common.errors import DataError
 from lavish.common.media import open_image
-from lavish.datasets.datasets.base_dataset import MAX_WARNINGS, BaseDataset, this_reader
+from lavish.datasets.datasets.base_dataset import BROKEN, MAX_WARNINGS, BaseDataset, this_reader
 from lavish.datasets.datasets.tar_shards import PICTURES, expand, read_shard
 from lavish.processors.base_processor import BaseProcessor
 
@@ -91,7 +91,7 @@ class LaionDataset(IterableDataset):
         for shard in shards:
             try:
                 for record in read_shard(shard):
-                    yield f"{shard}, sample {record['__key__'].decode()!r}", record
+                    yield f"{shard}, sample {record['__key__'].decode('utf-8', 'replace')!r}", record
             except DataError as error:
                 self._note_broken(shard, error)
 
@@ -108,15 +108,11 @@ class LaionDataset(IterableDataset):
         self._note_broken(row[0], error)
 
     def _samples(self, shards: Sequence[str]) -> Iterator[dict[str, Any]]:
-        for shard in shards:
+        for where, record in self._rows(shards):
             try:
-                for record in read_shard(shard):
-                    try:
-                        yield self._sample(record)
-                    except (MediaError, DataError) as error:
-                        self._note_broken(f"{shard}, sample {record['__key__'].decode('utf-8', 'replace')!r}", error)
-            except DataError as error:
-                self._note_broken(shard, error)
+                yield self._sample(record)
+            except BROKEN as error:
+                self._note_broken(where, error)
 
     def _note_broken(self, where: str, error: Exception) -> None:
         self.num_broken += 1
