@@ -419,6 +419,25 @@ def test_captchas(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["named", "sft", "map", "rows.json", "a.tar", "saved"])
+def test_relative_paths(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are typed: the data lie below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "named", "a.png")
+    picture(tmp_path / "sft" / "images", "1.png")
+    write(tmp_path / "sft" / "labels" / "1.json", {"conversations": said()})
+    picture(tmp_path / "map" / "pix", "x.png")
+    write(tmp_path / "map" / "image_map.json", {"x": {"image_file": "x.png", "ID": 1, "path": "pix/"}})
+    write(tmp_path / "map" / "captions.json", {"1": {"q": f"{Q}<|extra_0|>", "a": [A]}})
+    picture(tmp_path / "images", "a.png")
+    write(tmp_path / "rows.json", [ROWS["LLaVA"][1]])
+    tar(tmp_path / "a.tar", {"x.json": json.dumps(ROWS["LLaVA"][1]).encode()})
+    write(tmp_path / "saved" / "labels_en" / "b.json", {"captions": [{"role": "caption", "content": A}]})
+    picture(tmp_path / "saved" / "images", "b.png")
+    report = check_data(open_data(name))
+    assert (report.num_images, report.problems) == (1, [])
+
+
 def test_a_folder_with_the_data_and_their_pictures(tmp_path: Path) -> None:
     picture(tmp_path)
     write(tmp_path / "train.jsonl", [ROWS["LLaVA"][1]])

@@ -64,7 +64,7 @@ def cogvlm_rows(folder: Path) -> Rows:
         # Whatever is wrong is told with the row, so it is not looked at here.
         row = {
             "id": f"{file.parent.name}/{file.stem}",
-            "image": f"{file.stem}.jpg" if picture is None else str(picture),
+            "image": f"{file.stem}.jpg" if picture is None else str(picture.absolute()),
         }
         rows.append((str(file.relative_to(folder)), {**row, "label_file": str(file)}))
     return rows
@@ -115,7 +115,10 @@ def image_map_rows(folder: Path) -> Rows:
 def named_rows(folder: Path) -> Rows:
     """Pictures whose name, up to the first dot, is the answer (CogVLM's captchas)."""
     return [
-        (str(path.relative_to(folder)), {"id": path.stem, "image": str(path), "caption": path.name.partition(".")[0]})
+        (
+            str(path.relative_to(folder)),
+            {"id": path.stem, "image": str(path.absolute()), "caption": path.name.partition(".")[0]},
+        )
         for path in pictures_in(folder)
     ]
 
