@@ -550,6 +550,7 @@ def test_a_task_written_for_lavis(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("datasets.coco_vqa.build_info.annotations.val.storage=[/none.json]", "none.json|pair"),
         ("model.arch=blip_vqaa", "No model is named 'blip_vqaa'"),
         ("run.device=cudaa", "cudaa"),
+        ("run.annotation_file={val: /none.json}", r"/none\.json: no such file of ground truth .*split 'val'"),
     ],
 )
 def test_wrong_recipes_are_told_before_anything_heavy(
@@ -613,6 +614,13 @@ def test_ground_truth_of_a_file(tmp_path: Path) -> None:
     found = run("caption_coco_eval", tmp_path / "a", f"run.annotation_file={path}")
     assert all(row["reference"] == ["left of left"] for row in rows(tmp_path / "a"))
     assert found["splits"]["coco_caption/test"]["metrics"]["ROUGE_L"]["value"] > 0
+    asked = (tmp_path / "a" / "model.json").stat().st_mtime_ns
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"annotations": [{**one, "caption": "a man"} for one in truth]}))
+    again = run("caption_coco_eval", tmp_path / "a", f"run.annotation_file={other}")  # scored anew, not asked
+    assert all(row["reference"] == ["a man"] for row in rows(tmp_path / "a"))
+    assert (tmp_path / "a" / "model.json").stat().st_mtime_ns == asked
+    assert again["record"]["config_sha256"] != found["record"]["config_sha256"]
     by_split = f"run.annotation_file={{test: {path}}}"
     assert run("caption_coco_eval", tmp_path / "b", by_split)["splits"] == found["splits"]
     path.write_text(json.dumps([1]))

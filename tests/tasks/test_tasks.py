@@ -250,6 +250,10 @@ def test_classification() -> None:
     assert results[2] == {"instance_id": "2", "prediction": 1, "target": 0}
     found = task.after_evaluation(val_result=[*results, results[0]], split_name="val", epoch=0)
     assert found == pytest.approx({"acc": 2 / 3, "agg_metrics": 2 / 3})
+    hidden = [{**one, "target": -1} for one in results]
+    assert task.score(hidden, None, "test") is None
+    with pytest.raises(DataError, match="1 of 3 samples have no right class, first '0'"):
+        task.score([hidden[0], *results[1:]], None, "val")
     with pytest.raises(DataError, match="3 predictions and 2 targets"):
         task.valid_step(Classifier(), {**samples, "label": torch.tensor([1, 0])})
 

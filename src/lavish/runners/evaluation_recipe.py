@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from lavish.common import config as configs
 from lavish.common.config import Config
-from lavish.common.errors import ConfigError
+from lavish.common.errors import ConfigError, DataError
 from lavish.common.registry import registry
 from lavish.datasets.builders.base_dataset_builder import SPLITS
 from lavish.runners.device import device_of
@@ -35,6 +35,8 @@ ANYHOW = (
     *("world_size", "dist_url", "distributed", "use_dist_eval_sampler"),
 )
 """Keys of `run` that change how an evaluation runs, and not what it gives."""
+SCORING = ("annotation_file", "report_metric")
+"""Keys of `run` that change what is scored, and not what is answered."""
 
 
 @dataclass
@@ -97,7 +99,21 @@ def check(cfg: Config) -> tuple[RunConfig, BaseTask]:
     for name, dataset in evaluated_only(cfg, splits_of(run)).datasets_cfg.items():
         registry.get_builder_class(str(name))(dataset).check()
     device_of(run)
+    check_ground_truth(run)
     return run, task
+
+
+def check_ground_truth(run: RunConfig) -> None:
+    """Check that the files of `run.annotation_file` are here: they are read when all is answered.
+
+    Raises:
+        DataError: one is not.
+    """
+    given = run.annotation_file
+    by_split = given if isinstance(given, Mapping) else {} if given is None else dict.fromkeys(splits_of(run), given)
+    for split, path in by_split.items():
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such file of ground truth (run.annotation_file, split {split!r}).")
 
 
 def splits_of(run: RunConfig) -> list[str]:
@@ -154,7 +170,8 @@ def begin_folder(cfg: Config, rows: Rows, *, force: bool) -> None:
             f"one, such as {rows.folder / 'evaluation'}."
         )
     if path.exists():
-        before, now = recipe_of(configs.load_yaml(path)), recipe_of(cfg.get_config())
+        anyhow = (*ANYHOW, *SCORING)
+        before, now = recipe_of(configs.load_yaml(path), anyhow), recipe_of(cfg.get_config(), anyhow)
         changed = sorted(key for key in before | now if before.get(key) != now.get(key))
         is_used = bool(rows.read()) or (rows.folder / METRICS_FILE).exists()  # a run that failed early left nothing
         if changed and is_used and not force:
@@ -181,15 +198,15 @@ def clear_folder(rows: Rows) -> None:
     shutil.rmtree(folder / RESULT_FOLDER, ignore_errors=True)
 
 
-def recipe_of(config: Any) -> dict[str, Any]:
-    """Give the keys of a recipe that decide what it gives, flat."""
+def recipe_of(config: Any, leave_out: Sequence[str] = ANYHOW) -> dict[str, Any]:
+    """Give the keys of a recipe that decide what it gives, flat; keys of `run` in `leave_out` do not."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
         if isinstance(value, Mapping) and value:
             for name, part in value.items():
                 walk(part, f"{key}.{name}" if key else str(name))
-        elif key.removeprefix("run.") not in ANYHOW or not key.startswith("run."):
+        elif not key.startswith("run.") or key.split(".")[1] not in leave_out:
             flat[key] = value
 
     walk(OmegaConf.to_container(OmegaConf.create(config), resolve=True), "")

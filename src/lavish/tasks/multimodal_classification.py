@@ -34,8 +34,15 @@ class MultimodalClassificationTask(ScoredTask):
         return [{**one, "prediction": prediction, "target": target} for one, prediction, target in rows]
 
     def score(self, results: Sequence[Mapping[str, Any]], dataset: Any, split_name: str) -> Scores | None:
-        """Give the share of samples whose likeliest class is the right one; None where targets are hidden (-1)."""
-        if all(one["target"] == -1 for one in results):
+        """Give the share of samples whose likeliest class is the right one; None where targets are hidden (-1).
+
+        Raises:
+            DataError: some are, and others are not.
+        """
+        hidden = [one[self.result_id] for one in results if one["target"] == -1]
+        if len(hidden) == len(results):
             return None
+        if hidden:
+            raise DataError(f"{len(hidden)} of {len(results)} samples have no right class, first {hidden[0]!r}.")
         measure = mean_of([float(one["prediction"] == one["target"]) for one in results])
         return Scores({"acc": measure}, measure.value, "acc", [one["target"] for one in results])
