@@ -1,8 +1,11 @@
 """Each benchmark runs to its end at a toy size, and prints what it promises. No time is looked at."""
 
+import contextlib
 import importlib
+import io
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,9 @@ from lavish.models.cogvlm.config import read_config
 from lavish.models.cogvlm.model import CogVLMForCausalLM
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+NEEDS_NF4 = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
 
 
 @pytest.fixture
@@ -32,6 +38,20 @@ def run(monkeypatch, capsys):
     yield run
     for name in [name for name, module in sys.modules.items() if _is_benchmark(module)]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def in_this_process(run, monkeypatch):
+    """Let the parts of a benchmark that are processes of their own run here, which spares their imports."""
+
+    def in_a_process(script: str, arguments: list[str]):
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert importlib.import_module(Path(script).stem).main() == 0
+        return json.loads(printed.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr(importlib.import_module("_memory"), "in_a_process", in_a_process)
 
 
 def _is_benchmark(module) -> bool:
@@ -105,6 +125,44 @@ def test_gpu_cogvlm2_on_a_toy(run, tmp_path):
     for line in ("written to", "load:", "prefill: 15 tokens", "tower", "4 of 4 tokens as eager"):
         assert line in printed
     assert "is there" in run("gpu_cogvlm2", *arguments, *sizes)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "lora",
+        pytest.param("qlora", marks=pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")),
+    ],
+)
+def test_gpu_train_cogvlm2_on_a_toy(run, kind):
+    pytest.importorskip("peft")
+    sizes = ("--text-tokens", "9", "--answer-tokens", "4", "--steps", "2")
+    assert f"{kind}: 20 tokens; a step" in run("gpu_train_cogvlm2", "--device", "cpu", "--tiny", "--kind", kind, *sizes)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_gpu_train_cogvlm2_is_estimated_without_memory(run):
+    pytest.importorskip("peft")
+    printed = run("gpu_train_cogvlm2", "--estimate", "--scale", "0.05")
+    for kind in ("lora", "qlora"):
+        assert f"{kind}, estimated: 3331 tokens" in printed
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_lora_vs_peft(run, in_this_process):
+    pytest.importorskip("peft")
+    printed = run("lora_vs_peft", "--size", "tiny", "--rounds", "1", "--steps", "1", "--words", "3")
+    for line in ("first losses", "of the bound", "of peft's time", "step time:", "peak memory:"):
+        assert line in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_dry_run_memory(run, in_this_process):
+    printed = run("dry_run_memory", "--size", "tiny", "--cases", "BLIP caption, all")
+    assert "furthest from the peak: " in printed
+    assert "goal <= 15 %" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
