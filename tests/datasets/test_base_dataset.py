@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import zoo_files
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from lavish.common.errors import DataError
 from lavish.datasets.datasets.annotations import read_annotations
-from lavish.datasets.datasets.base_dataset import BaseDataset, ConcatDataset
+from lavish.datasets.datasets.base_dataset import MAX_WARNINGS, BaseDataset, ConcatDataset
 from lavish.datasets.datasets.caption_datasets import CaptionDataset
 
 ROWS = [{"image": "a.jpg", "caption": "one, two"}, {"image": "b.jpg", "caption": 'a "word"'}]
@@ -133,6 +134,20 @@ def test_a_broken_sample_is_replaced_told_and_counted(tmp_path: Path, caplog: py
     assert dataset[2]["id"] == "3"
     assert dataset.num_broken == 2, "a sample counts once"
     assert ConcatDataset([dataset]).num_broken == 2
+
+
+def test_many_broken_samples_are_told_one_by_one_at_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = numbers(tmp_path, *[-1] * (MAX_WARNINGS + 5), 1, max_broken=1)
+    assert dataset[0]["id"] == str(MAX_WARNINGS + 5)
+    assert (len(caplog.messages), dataset.num_broken) == (MAX_WARNINGS, MAX_WARNINGS + 5)
+
+
+def test_a_photograph_stays_as_its_file_has_it(tmp_path: Path) -> None:
+    """LAVIS does not turn it as its EXIF orientation asks."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (20, 16)).save(tmp_path / "a.jpg", exif=turned)
+    assert BaseDataset(vis_root=tmp_path).picture("a.jpg").size == (20, 16)
 
 
 def test_too_many_broken_samples_end_the_run(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     Server.asked, Server.files = [], {"train.json": json.dumps(zoo_files.captions()).encode(), "val.json": b"[]"}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
