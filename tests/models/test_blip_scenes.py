@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import lavish
 from lavish.common.config import Config
 from lavish.common.errors import CheckpointError, ConfigError
 from lavish.datasets.scenes.drawn import SceneSettings, Stream, caption, questions
@@ -12,7 +14,7 @@ from lavish.datasets.scenes.world import COLOURS, SHAPES
 from lavish.models import load_model
 from lavish.models.blip.processor import BlipProcessor, load_tokenizer
 from lavish.runners.evaluation import evaluate
-from lavish.runners.recipe import open_recipe, train
+from lavish.runners.recipe import check, open_recipe, train
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "projects/blip/tiny"
@@ -36,6 +38,9 @@ def test_a_recipe_trains_and_is_evaluated(name: str, metric: str, tmp_path: Path
     losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert len(losses) == NUM_STEPS // 4
     assert losses[-1] < 0.6 * losses[0]
+    opened: Any = lavish.load(out)
+    assert type(opened.samples).arch == f"blip_{name.removeprefix('scenes_')}", "the folder tells heads and words"
+    assert len(opened.samples.tokenizer) == 35
     found = {}
     for blank in (False, True):
         folder = tmp_path / f"blank_{blank}"
@@ -59,8 +64,26 @@ def test_the_vocabulary_has_every_word_of_the_world() -> None:
     texts = [f"{processor.prompt}{caption(scene)}" for scene in scenes]
     texts += [text for scene in scenes for _, *both in questions(scene) for text in both]
     ids, mask = processor.encode([*texts, *SHAPES, *COLOURS])
-    assert not (ids == unknown).any()
+    assert not ids.eq(unknown).any()
     assert mask.sum(dim=1)[-1] == 3, "a word is one token"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("promt=x", "model.promt is no setting of 'blip_vqa'. Did you mean 'prompt'"),
+        ("vision_config.hiden_size=3", "vision_config.hiden_size is no field of a BLIP config. Did you mean"),
+        ("vision_config.num_attention_heads=5", "hidden_size 96 does not divide into 5 heads"),
+        ("med_config_path=3", "med_config_path must be a path"),
+    ],
+)
+def test_a_model_section_is_checked_before_anything_is_built(option: str, message: str) -> None:
+    recipe = open_recipe("projects/blip/train/scenes_vqa.yaml", [f"model.{option}"])
+    with pytest.raises(ConfigError, match=message):
+        check(recipe)
+    evaluation = Config(ROOT / "projects/blip/eval/scenes_vqa_eval.yaml", [f"model.{option}"])
+    with pytest.raises(ConfigError, match=message):
+        evaluate(evaluation)
 
 
 def test_a_med_config_of_ones_own(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ touched. Source: salesforce/LAVIS, lavis/runners/runner_base.py (_save_checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ WEIGHTS = "model"
 """The key of the weights, where they are not alone in the file."""
 BESIDE = ("optimizer", "config", "scaler", "epoch", "iters", "iteration", "best_epoch")
 """What a training run saves beside them."""
+OF_A_RUN = ("checkpoint_best.pth", "checkpoint_last.pth")
+"""What a training run calls the file to take, beside those of its epochs."""
 
 
 def read(path: str | Path) -> TensorMap:
@@ -36,7 +38,7 @@ def read(path: str | Path) -> TensorMap:
 
 
 def find_file(path: Path) -> Path:
-    """Name the one `.pth` file that `path` is or holds.
+    """Name the one `.pth` file that `path` is or holds; of a training run's files the best one, else the last.
 
     Raises:
         UnknownLayout: none or several.
@@ -50,9 +52,15 @@ def find_file(path: Path) -> Path:
     if not files:
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise UnknownLayout(f"{path}: a folder without a {SUFFIX} file; found {found}.")
-    if len(files) > 1:
+    chosen = chosen_of(files)
+    if chosen is None:
         raise UnknownLayout(f"{path}: holds {len(files)} {SUFFIX} files, {', '.join(files[:8])}; name one of them.")
-    return inside(path, files[0])
+    return inside(path, chosen)
+
+
+def chosen_of(names: Sequence[str]) -> str | None:
+    """Give the only name, or of a training run's files the best one, else the last; None where that tells nothing."""
+    return names[0] if len(names) == 1 else next((name for name in OF_A_RUN if name in names), None)
 
 
 def _is_wrapped(tree: Mapping[Any, Any]) -> bool:

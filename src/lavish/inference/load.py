@@ -341,12 +341,12 @@ def find_composite(path: Path, pieces: Iterable[str]) -> table.Family | None:
 
 
 def _single_file(path: Path) -> Path | None:
-    """Give the `.pth` file that `path` is, or that is alone in a folder without weights of another layout."""
+    """Give the `.pth` file that `path` is, or that a folder without weights of another layout holds."""
     if path.is_file():
         return path if path.suffix in hf.PICKLE_SUFFIXES else None
-    files = sorted(path.glob(f"*{lavis.SUFFIX}"))
+    chosen = lavis.chosen_of(sorted(file.name for file in path.glob(f"*{lavis.SUFFIX}")))
     is_other = any((path / name).exists() for name in hf.WEIGHT_FILES)
-    return files[0] if len(files) == 1 and not is_other else None
+    return None if chosen is None or is_other else path / chosen
 
 
 def sample_family(path: Path, pieces: Iterable[str]) -> table.Family | None:

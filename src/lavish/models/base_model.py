@@ -20,6 +20,7 @@ from lavish.checkpoints.loading import load_into
 from lavish.checkpoints.rules import Rule
 from lavish.common.config import find_default, load_yaml, merge
 from lavish.common.errors import ConfigError, did_you_mean, shown
+from lavish.common.registry import registry
 
 
 class BaseModel(nn.Module):
@@ -40,6 +41,14 @@ class BaseModel(nn.Module):
             hint = did_you_mean(str(model_type), cls.PRETRAINED_MODEL_CONFIG_DICT)
             raise ConfigError(f"{cls.__name__} has no model type {model_type!r}.{hint} Known: {known}.")
         return find_default(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type], cls)
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Check a `model` section before anything is fetched or built; nothing, unless a model knows more.
+
+        Raises:
+            ConfigError: an unknown key or a wrong value.
+        """
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> BaseModel:
@@ -175,3 +184,14 @@ def read_fields(config: Any) -> dict[str, Any]:
     if not isinstance(plain, Mapping):
         raise ConfigError(f"config= must be a dict of fields or a JSON or YAML file, not {shown(config)}.")
     return {str(name): value for name, value in plain.items()}
+
+
+def check_model(section: Mapping[str, Any]) -> None:
+    """Check the `model` section of a recipe before anything is fetched or built.
+
+    Raises:
+        ConfigError: no such model, an unknown key, or a wrong value.
+    """
+    found = registry.get_model_class(section["arch"])
+    if issubclass(found, BaseModel):  # a model of one's own may be any module
+        found.check_config(section)

@@ -19,6 +19,7 @@ from lavish.common.config import Config
 from lavish.common.errors import ConfigError, DataError
 from lavish.common.registry import registry
 from lavish.datasets.builders.base_dataset_builder import SPLITS
+from lavish.models.base_model import check_model
 from lavish.runners.device import device_of
 from lavish.runners.evaluation_report import REPORT_FILE
 from lavish.runners.evaluation_rows import Rows
@@ -95,7 +96,7 @@ def check(cfg: Config) -> tuple[RunConfig, BaseTask]:
             "or hub id that `lavish.load` opens."
         )
     else:
-        registry.get_model_class(section.arch)
+        check_model(section)
     for name, dataset in evaluated_only(cfg, splits_of(run)).datasets_cfg.items():
         registry.get_builder_class(str(name))(dataset).check()
     device_of(run)

@@ -43,7 +43,7 @@ from lavish.common.config import Config
 from lavish.common.errors import CheckpointError, ConfigError, did_you_mean
 from lavish.common.registry import registry
 from lavish.inference.load import POCKET, load
-from lavish.models.base_model import BaseModel
+from lavish.models.base_model import BaseModel, check_model
 from lavish.runners.device import device_of
 from lavish.runners.parts import parts_of
 from lavish.runners.report import write_report
@@ -228,6 +228,7 @@ def check(recipe: DictConfig | Config, *, only: str | None = None) -> list[tuple
     for _, config in stages:
         setup_task(config).check_training()
         if isinstance(config, Config):
+            check_model(config.model_cfg)
             check_data(config)
     return [(name, config) for name, config in stages if only in (None, name)]
 

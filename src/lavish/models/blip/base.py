@@ -18,8 +18,9 @@ from lavish.checkpoints.rules import Rule
 from lavish.common.errors import ConfigError, DataError, check_path, did_you_mean, shown
 from lavish.models.base_model import BaseModel, local_file, model_section, read_fields
 from lavish.models.blip.beam_search import Rules
-from lavish.models.blip.config import ARCHITECTURES, TOP_LEVEL, read_med_config
-from lavish.models.blip.opening import Wanted, new_network, open_network
+from lavish.models.blip.config import ARCHITECTURES, TOP_LEVEL, check_fields, lavis_config, read_med_config
+from lavish.models.blip.lavis import TOKENIZER, files_beside
+from lavish.models.blip.opening import BERT_IDS, Wanted, new_network, open_network
 from lavish.models.blip.processor import BlipProcessor
 from lavish.models.blip.weights import RULES
 
@@ -45,6 +46,12 @@ class BlipBase(BaseModel):
     def release_rules(self) -> Sequence[Rule]:
         """Rules from the names of LAVIS's files."""
         return RULES
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Check a `model` section: keys, sizes, and that a `med_config_path` is there."""
+        wanted = cls._wanted(read_fields(cfg), {})
+        lavis_config(wanted.base, BERT_IDS, ARCHITECTURES[cls.arch], "model")
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> BlipBase:
@@ -122,7 +129,7 @@ class BlipBase(BaseModel):
         texts = ("prompt", "max_txt_len")
         return Wanted(
             architecture=ARCHITECTURES[cls.arch],
-            base=_fields(section),
+            base=check_fields(_fields(section), "model"),
             given=_fields(given),
             base_texts={name: section[name] for name in texts if name in section},
             given_texts={name: given[name] for name in texts if name in given},
@@ -153,6 +160,12 @@ class BlipBase(BaseModel):
         """Write a folder that transformers and lavish load: config.json, model.safetensors, tokenizer, pixels."""
         self.network.save_pretrained(str(folder))
         self.processor.save_pretrained(folder)
+
+    def save_trained(self, folder: Path) -> None:
+        """Put beside a run's checkpoints what they do not tell, heads and words, so that lavish opens the folder."""
+        for name, content in files_beside(self.network.config.to_dict(), str(folder)).items():
+            (folder / name).write_bytes(content)
+        self.tokenizer.save_pretrained(str(folder / TOKENIZER))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -66,7 +66,7 @@ def plan_target(fields: Mapping[str, Any], tensors: TensorMap, options: TargetOp
     names = {name for name, _ in made}
     return TargetPlan(
         files=(TensorFile(FILE, tuple(outputs.values()), partial(TorchZipFormat, WEIGHTS)),),
-        texts=_texts(fields, where),
+        texts=files_beside(fields, where),
         copies=in_folder(TOKENIZER, beside(tensors, TOKENIZER_FILES, (TOKENIZER, ""))),
         dropped=tuple((name, why) for name, why in found.dropped if name not in names),
         made=tuple(made),
@@ -82,8 +82,12 @@ def _positions(name: str, count: int) -> Output:
     return Output(name, (1, count), "int64", make)
 
 
-def _texts(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
-    """Give med_config.json, which LAVIS reads, and a config.json for what no file of LAVIS says: the head counts."""
+def files_beside(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
+    """Give med_config.json, which LAVIS reads, and a config.json for what no file of LAVIS says: the head counts.
+
+    Raises:
+        ConfigError: fields without their sections.
+    """
     from lavish.models.blip.config import text_fields, vision_fields
 
     vision, text = fields.get("vision_config"), fields.get("text_config")
