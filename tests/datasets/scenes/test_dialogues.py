@@ -44,7 +44,8 @@ def test_samples_are_those_of_avsd() -> None:
     batch = data["val"].collater([data["val"][index] for index in range(6)])
     assert batch["attn_mask"].shape == batch["token_type_ids"].shape
     assert len({int(row[:8].sum()) for row in batch["attn_mask"]}) > 1, "videos of several lengths"
-    text = data["train"].text_processor.tokenizer.decode(sample["labels"][sample["labels"] >= 0])
+    processor: Any = data["train"].text_processor
+    text = processor.tokenizer.decode(sample["labels"][sample["labels"] >= 0])
     assert text.strip() == f"{data['train'].annotation[4]['answer']}<eos>"
 
 

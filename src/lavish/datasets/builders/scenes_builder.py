@@ -96,7 +96,7 @@ class ConversationSettings(QuestionSettings):
 class ScenesBuilder(BaseDatasetBuilder):
     """What the three share: settings instead of files."""
 
-    settings_class: ClassVar[type[DrawnSettings]] = DrawnSettings
+    settings_class: ClassVar[type[Any]] = DrawnSettings
     BUILD_INFO_KEYS = ("scene", "blank")
 
     @property
