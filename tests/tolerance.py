@@ -98,3 +98,5 @@ BOX_JITTER = {"rtol": 0.0, "atol": 0.0051}
 
 ANGLES = {"rtol": 0.0, "atol": 3e-4}
 """Cosines of float32 angles of up to 4095 against float64's: half a step of such a number is 1.2e-4."""
+JOINED_ROWS = {"rtol": 1e-6, "atol": 0.0}
+"""A loss of a batch and of the same conversations in shared rows, float32: the same terms in another order."""

@@ -81,6 +81,15 @@ def test_feature_cache(run):
         assert line in printed
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # as above
+def test_packing(run):
+    pytest.importorskip("peft")
+    path = str(Path(__file__).parents[1] / "fixtures/glm4v/open/checkpoint")
+    printed = run("packing", "--path", path, "--words", "1", "2", "9", "--rounds", "1")
+    for line in ("apart, relative", "of it padding; joined: (2, ", "padded / joined"):
+        assert line in printed
+
+
 def test_inspect_speed(run):
     printed = run("inspect_speed", "--layers", "2", "--rounds", "1")
     for name in ("hf", "sat", "sat-4-ranks", "mindspore", "deepspeed"):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IGNORED = -100
+from lavish.nn.joined_rows import IGNORED, JoinedRows
+
 NO_LOGITS = -1
 """As `logits_to_keep` with labels: the loss is asked for, and no logits."""
 
@@ -38,3 +39,12 @@ def logits_and_loss(
     logits = head(hidden_states[:, :-1][is_target]).float()
     loss = F.cross_entropy(logits, targets[is_target].to(logits.device), reduction="sum")
     return None, loss / max(logits.shape[0], 1)
+
+
+def joined_loss(
+    lm_head: nn.Module, hidden_states: torch.Tensor, rows: JoinedRows, labels: torch.Tensor
+) -> torch.Tensor:
+    """Give the loss of joined rows: (rows, length, hidden), and the labels of the batch, (batch, seq)."""
+    loss = logits_and_loss(lm_head, hidden_states, rows.labels(labels), NO_LOGITS)[1]
+    assert loss is not None  # there are labels
+    return loss

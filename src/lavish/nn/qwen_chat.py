@@ -16,6 +16,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lavish.common.errors import ConfigError, PromptError
 from lavish.nn.generation import PlainMaskGenerationMixin
+from lavish.nn.joined_rows import JoinedRows
+from lavish.nn.losses import joined_loss
 from lavish.nn.qwen import (
     QwenConfig,
     QwenDecoder,
@@ -199,6 +201,24 @@ class QwenChatModel(PreTrainedModel, PlainMaskGenerationMixin):
             logits_to_keep=logits_to_keep,
         )
         return output if return_dict is None or return_dict else output.to_tuple()
+
+    def joined_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Give the loss of a batch for training, `forward`'s arguments, its rows joined (`nn/joined_rows.py`).
+
+        Raises:
+            ConfigError: a decoder of transformers: it makes its masks its own way, by its attention's kind.
+        """
+        if isinstance(self.language_model, TransformersDecoder):
+            kind = type(self.language_model.model).__name__
+            raise ConfigError(
+                f"model.packing: {kind} of transformers makes its own masks (windows, its attention's kind), so that "
+                "joined rows cannot be promised to be exact; leave the key out, or use run.group_by_length."
+            )
+        rows = JoinedRows.of(inputs["attention_mask"])
+        embedded = self._embed_new(inputs["input_ids"], inputs.get("pixel_values"), inputs.get("image_features"), None)
+        positions = rows.join(self.position_ids_from(inputs["input_ids"], inputs["attention_mask"]))
+        hidden_states = self.language_model(rows.join(embedded), positions, rows.mask)
+        return joined_loss(self.lm_head, hidden_states, rows, inputs["labels"])
 
     def _embed_new(self, input_ids, pixel_values, image_features, past_key_values) -> torch.Tensor:
         """Embed the ids, with the images that are not in the cache already."""

@@ -115,6 +115,8 @@ class ChatSettings:
     """Parts that learn, or patterns of names."""
     freeze: list[str] = field(default_factory=list)
     """Parts that do not, though `train` names them."""
+    packing: bool = False
+    """Conversations of a batch share rows where they fit, instead of padding; each sees itself alone."""
     feature_cache: str | None = None
     """Folder where what the frozen tower gives of each picture is kept, so that it is computed once; null: nowhere."""
 
@@ -200,8 +202,7 @@ class ChatLearner(BaseModel):
         _choose(self.network, settings)
         self.features: FeatureFolder | None = None
         if settings.feature_cache is not None:
-            base = vlm.model.get_base_model() if hasattr(vlm.model, "get_base_model") else vlm.model  # of a PeftModel
-            self.features = FeatureFolder(settings.feature_cache, base)
+            self.features = FeatureFolder(settings.feature_cache, self._base)
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> ChatLearner:
@@ -233,7 +234,15 @@ class ChatLearner(BaseModel):
             if self.features is not None and DIGESTS in prepared:
                 pixel_values = inputs.pop("pixel_values")
                 inputs["image_features"] = self.features.image_features(pixel_values, prepared[DIGESTS])
+            if self.settings.packing and self.training:
+                return {"loss": self._base.joined_loss(inputs).float()}
             return {"loss": self.network(**inputs, logits_to_keep=NO_LOGITS).loss.float()}
+
+    @property
+    def _base(self) -> Any:
+        """The network without what a PeftModel wraps around it."""
+        model: Any = self.vlm.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model  # only a PeftModel has it
 
     @torch.no_grad()
     def generate(self, samples: Mapping[str, Any], max_new_tokens: int = 64) -> list[str]:

@@ -9,6 +9,7 @@ attention only, so a layer needs no boolean index, and a decoding step has no vi
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,9 @@ from lavish.models.cogvlm.routing import (
 from lavish.nn.eva2_clip import EVA2CLIPModel
 from lavish.nn.generation import RopeDeltasGenerationMixin
 from lavish.nn.image_steps import ImageStep
+from lavish.nn.joined_rows import JoinedRows
 from lavish.nn.linear import Linear
-from lavish.nn.losses import logits_and_loss
+from lavish.nn.losses import joined_loss, logits_and_loss
 
 MANY_TOKENS = 64  # from here on a norm saves memory traffic, below it (a decoding step) it saves calls
 
@@ -511,6 +513,20 @@ class CogVLMForCausalLM(PreTrainedModel, RopeDeltasGenerationMixin):
             rope_deltas=plan.rope_deltas,
         )
         return output if return_dict is None or return_dict else output.to_tuple()
+
+    def joined_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Give the loss of a batch for training, `forward`'s arguments, its rows joined (`nn/joined_rows.py`)."""
+        mask, types = inputs["attention_mask"], inputs["token_type_ids"]
+        rows = JoinedRows.of(mask)
+        plan = self._plan(inputs["input_ids"], None, None, None, mask, types)
+        hidden_states = self.model.embed_tokens(inputs["input_ids"])
+        features = self._features(plan, inputs.get("pixel_values"), inputs.get("image_features"))
+        if features is not None and plan.is_image_slot is not None:
+            hidden_states = self.model.place(hidden_states, plan.is_image_slot, features)
+        # A conversation ends with words, so no image of one looks like the beginning of the next one's.
+        routing = ExpertRouting.from_token_type_ids(rows.join(types), (rows.segments >= 0).long())
+        hidden_states = self.model(rows.join(hidden_states), rows.join(plan.position_ids), rows.mask, routing)
+        return joined_loss(self.lm_head, hidden_states, rows, inputs["labels"])
 
     def _plan(self, input_ids, inputs_embeds, past_key_values, rope_deltas, attention_mask, token_type_ids):
         """Say where these tokens stand; one token after a cache is planned without looking at types or mask."""

@@ -10,6 +10,7 @@ which user text cannot contain, and no mask is ever derived from the pad id, whi
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,9 @@ from lavish.models.glm4v_9b.config import ChatGLMConfig, check_released
 from lavish.nn.eva2_clip import EVA2CLIPModel
 from lavish.nn.generation import RopeDeltasGenerationMixin
 from lavish.nn.image_steps import ImageStep
+from lavish.nn.joined_rows import JoinedRows
 from lavish.nn.linear import Linear
-from lavish.nn.losses import logits_and_loss
+from lavish.nn.losses import joined_loss, logits_and_loss
 
 # -- rotary embedding --------------------------------------------------------------------------------------------------
 
@@ -512,6 +514,15 @@ class Glm4v9bForCausalLM(PreTrainedModel, RopeDeltasGenerationMixin):
                 positions = positions + past - _checked_deltas(rope_deltas, rows, tokens.device)
         places.check_length(self.config, positions, past)
         return positions
+
+    def joined_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Give the loss of a batch for training, `forward`'s arguments, its rows joined (`nn/joined_rows.py`)."""
+        mask, input_ids = inputs["attention_mask"], inputs["input_ids"]
+        rows = JoinedRows.of(mask)
+        embedded = self._embed_new(input_ids, inputs.get("pixel_values"), inputs.get("image_features"), None)
+        positions = rows.join(self.position_ids_from(input_ids, mask))
+        hidden_states = self.transformer(rows.join(embedded), positions, rows.mask)
+        return joined_loss(self.lm_head, hidden_states, rows, inputs["labels"])
 
     def _embed_new(self, input_ids, pixel_values, image_features, past_key_values):
         """Embed new tokens; pictures that come again with a later step are in the cache already."""
