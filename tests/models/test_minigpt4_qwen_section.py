@@ -1,6 +1,7 @@
 """The section `model` of MiniGPT4-Qwen: the keys of MPP-LLaVA's own YAMLs, and a projector that starts random."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +67,15 @@ def test_a_section_of_the_release_is_read_as_it_is(caplog: pytest.LogCaptureFixt
     assert model.network.is_activation_checkpointing
 
 
+def test_pieces_may_lie_below_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAVISH_CACHE", str(tmp_path))
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/Qwen7B-chat").symlink_to(PIECES["llm"])
+    assert make(llm_model="ckpt/Qwen7B-chat").network.config.text.hidden_size == 64
+    with pytest.raises(ConfigError, match=r"ckpt/Qwen14B"):
+        make(llm_model="./ckpt/Qwen14B-chat")
+
+
 def test_it_learns_from_there() -> None:
     torch.manual_seed(3)
     model = make().train()
@@ -124,7 +134,7 @@ def test_keys_that_have_no_meaning_here(changes: dict[str, Any], message: str) -
         make(**changes)
 
 
-def test_what_learns_is_float32_beside_half_weights(tmp_path: Any) -> None:
+def test_what_learns_is_float32_beside_half_weights(tmp_path: Path) -> None:
     """Steps of 1e-4 would be lost on a bfloat16 projector."""
     import shutil
 

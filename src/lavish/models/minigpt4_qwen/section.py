@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from lavish.checkpoints.download import cache_folder, is_url
 from lavish.common.errors import ConfigError, did_you_mean, shown
 from lavish.models.minigpt4_qwen.config import MiniGPT4QwenConfig
 from lavish.models.minigpt4_qwen.weights import PIECES
@@ -73,10 +75,16 @@ def read_section(section: Mapping[str, Any]) -> dict[str, Any]:
     for name, ours in RENAMED.items():
         # The default YAML of the model type names pieces under our names: the release's own name is the later word.
         if section.get(name):
-            found[ours] = section[name]
+            found[ours] = _placed(section[name]) if isinstance(section[name], str) else section[name]
     if not isinstance(found.get("use_grad_checkpoint", False), bool):
         raise ConfigError(f"model.use_grad_checkpoint is {shown(found['use_grad_checkpoint'])}; it is true or false.")
     return found
+
+
+def _placed(place: str) -> str:
+    """Give where a piece is: as it is written, or below the cache, which the release takes for the root."""
+    below = cache_folder() / place
+    return str(below) if not Path(place).exists() and not is_url(place) and below.exists() else place
 
 
 def starts_random(section: Mapping[str, Any], checkpoint: Any) -> bool:
