@@ -295,7 +295,7 @@ def test_dialogues_are_answered_where_the_recipe_evaluates(
     records = [{"instance_id": str(at), "answer": "yes , he is"} for at in range(len(results))]
     scores = task.score(results, SimpleNamespace(annotation=records), "test")
     assert scores is not None
-    assert {"loss", "perplexity", "Bleu_1", "CIDEr"} <= set(scores.metrics())
+    assert {"loss", "perplexity", "exact_match", "Bleu_1", "CIDEr"} <= set(scores.metrics())
     assert scores.agg_metrics == scores.measures["loss"].value
 
 
