@@ -17,12 +17,13 @@ from torch.utils.data import IterableDataset
 
 from lavish.common.config import Config
 from lavish.common.errors import ConfigError, DataError
+from lavish.datasets.datasets.laion_dataset import LaionDataset
 from lavish.datasets.formats.dataset import ConversationStream
 from lavish.runners.recipe import open_recipe, train
 from lavish.runners.runner_base import RunnerBase
 from lavish.runners.runner_iter import RunnerIter
 from lavish.runners.schema import lavis_run_config
-from lavish.runners.streams import StreamBatches, StreamState, drawn
+from lavish.runners.streams import RowStream, StreamBatches, StreamState, drawn
 
 COUNT = 11
 
@@ -179,6 +180,10 @@ def test_readers_of_shards_share_them_without_a_row_twice(tmp_path: Path) -> Non
         assert len(every) == len(set(every)) == 5, "whole shards, or every so many rows where they are too few"
     orders = {tuple(row[1] for row in stream.rows(0, 1, seed)) for seed in "0123456789"}
     assert len(orders) == 2, "of two shards"
+    laion = LaionDataset(location=shards(tmp_path))
+    assert isinstance(laion, RowStream)
+    given = [row[0] for reader in range(3) for row in laion.rows(reader, 3, "0-1")]
+    assert len(given) == len(set(given)) == 5
     torn = tmp_path / "0.tar"
     torn.write_bytes(torn.read_bytes()[:560])
     assert len(list(stream.rows(0, 1, "0"))) < 5

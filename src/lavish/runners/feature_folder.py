@@ -189,14 +189,19 @@ def told(entry_bytes: int, datasets: Sequence[Any]) -> str:
     """
     pictures = 0.0
     if any(isinstance(dataset, IterableDataset) for dataset in datasets):
-        return f"model.feature_cache: {entry_bytes / 2**20:.3g} MiB a picture; of a stream nobody knows how many"
+        return f"model.feature_cache: {_size(entry_bytes)} of disk a picture; of a stream nobody knows how many"
     for dataset in datasets:
         looked_at = min(len(dataset), NUM_COUNTED)
         sample = getattr(dataset, "unopened", dataset.__getitem__)  # conversations of files have it
         found = sum(_num_pictures(sample(at)) for at in range(looked_at))
         pictures += found * len(dataset) / max(looked_at, 1)
-    gib = pictures * entry_bytes / 2**30
-    return f"model.feature_cache: {gib:.3g} GiB at most, for {pictures:,.0f} pictures of {entry_bytes / 2**20:.3g} MiB"
+    whole = _size(pictures * entry_bytes)
+    return f"model.feature_cache: {whole} of disk at most, for {pictures:,.0f} pictures of {_size(entry_bytes)}"
+
+
+def _size(num_bytes: float) -> str:
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB") if num_bytes >= 2**20 else (2**10, "KiB")
+    return f"{num_bytes / unit:.3g} {name}"
 
 
 def _num_pictures(sample: Any) -> int:

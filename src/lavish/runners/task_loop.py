@@ -20,7 +20,8 @@ LOOPS = ("train_epoch", "train_iters", "_train_inner_loop")
 def own_loop(task: BaseTask, *, counts_epochs: bool) -> str | None:
     """Give the name of the loop that a task overrides; None where the runner makes the steps."""
     unused = "train_iters" if counts_epochs else "train_epoch"
-    changed = (name for name in LOOPS if getattr(type(task), name) is not getattr(BaseTask, name))
+    kept = {name: getattr(BaseTask, name) for name in LOOPS}
+    changed = (name for name, own in kept.items() if getattr(type(task), name, own) is not own)
     return next((name for name in changed if name != unused), None)
 
 
