@@ -47,8 +47,9 @@ def test_what_is_shown_is_what_is_said() -> None:
     assert 0.25 < np.mean(shown) < 0.75
     said = ["pink" in f"{record['question']} {record['answer'][0]}" for record in train.annotation]
     assert not any(word and not picture for word, picture in zip(said, shown, strict=True))
-    assert train.annotation == build()["train"].annotation, "a function of seed and index"
-    assert not any(shows_pink(build(blank=True)["val"], index) for index in range(3))
+    blank = build(blank=True)
+    assert train.annotation == blank["train"].annotation, "a function of seed and index"
+    assert not any(shows_pink(blank["val"], index) for index in range(3))
 
 
 def test_every_old_colour_is_replaced() -> None:
