@@ -15,7 +15,7 @@ from lavish.runners.recipe import open_recipe, train
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("clip_qwen", "glm4v_9b", "minigpt4_qwen")
 SECTION = "datasets.scenes_conversations.build_info"
-STEPS = 12
+STEPS = 8
 
 
 def scores(family: str, model: Path, output: Path, *more: str) -> dict[str, Any]:
