@@ -50,8 +50,14 @@ class BlipBase(BaseModel):
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:
         """Check a `model` section: keys, sizes, and that a `med_config_path` is there."""
-        wanted = cls._wanted(read_fields(cfg), {})
-        lavis_config(wanted.base, BERT_IDS, ARCHITECTURES[cls.arch], "model")
+        section = read_fields(cfg)
+        fields = cls._wanted(section, {}).base
+        width = fields.get("vision_config", {}).get("hidden_size")
+        if width is not None and _released(section) is not None:
+            # The file of weights tells the text half's sizes, whatever the section or its defaults say.
+            text = {**fields.get("text_config", {}), "hidden_size": width, "num_attention_heads": 1}
+            fields = {**fields, "text_config": text}
+        lavis_config(fields, BERT_IDS, ARCHITECTURES[cls.arch], "model")
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> BlipBase:
