@@ -82,6 +82,32 @@ def test_recipes(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_two_data_sets_keep_their_results_apart(tmp_path: Path) -> None:
+    """Their splits have one name, which is all that the names of LAVIS's files have."""
+    second = "datasets.coco_caption.vis_processor.eval={name: blip_image_eval, image_size: 64}"
+    found = run("nocaps_eval", tmp_path, second, "run.test_splits=[val]")["splits"]
+    for name, ids in (("nocaps", list(range(7))), ("coco_caption", [42, 73, 74, 133, 139, 192, 544])):
+        left = json.loads((tmp_path / "result" / name / "val_epochbest.json").read_text())
+        assert [one["image_id"] for one in left] == ids
+        assert found[f"{name}/val"]["num_samples"] == 7
+    assert found["nocaps/val"]["notes"] == [
+        "Not scored; result/nocaps_leaderboard_val.json is the file for its leaderboard."
+    ]
+    assert len(json.loads((tmp_path / "result" / "nocaps_leaderboard_val.json").read_text())) == 7
+
+
+def test_streams_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lavish.tasks.captioning import CaptionTask
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(())
+
+    monkeypatch.setattr(CaptionTask, "build_datasets", lambda self, cfg: {"coco_caption": {"test": Endless()}})
+    with pytest.raises(ConfigError, match=r"the split 'test' is a stream.*streaming: false"):
+        run("caption_coco_eval", tmp_path)
+
+
 def test_captions(tmp_path: Path) -> None:
     """The task calls `blip_caption.generate` with what the recipe names; LAVIS's fails with a TypeError."""
     found = run("caption_coco_eval", tmp_path)["splits"]["coco_caption/test"]

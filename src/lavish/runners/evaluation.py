@@ -22,7 +22,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,7 +75,7 @@ from lavish.runners.schema import RunConfig
 from lavish.tasks.base_task import BaseTask, to_device
 from lavish.tasks.chat_model import OF_OTHERS, ChatModel
 from lavish.tasks.metrics.measure import CONFIDENCE, NUM_RESAMPLES, SEED
-from lavish.tasks.scored_task import ScoredTask
+from lavish.tasks.scored_task import ScoredTask, leaderboard_file
 
 __all__ = ["METRICS_FILE", "Evaluation", "SplitResult", "check", "evaluate", "open_evaluation"]
 
@@ -157,6 +157,11 @@ class Job:
                 if split not in splits:
                     known = ", ".join(splits) or "none"
                     raise ConfigError(f"datasets.{name} has no split {split!r} (run.test_splits). Its splits: {known}.")
+                if not isinstance(splits[split], Sized):
+                    raise ConfigError(
+                        f"datasets.{name}: the split {split!r} is a stream, and samples are asked by their number; "
+                        "set build_info.streaming: false."
+                    )
                 if not len(splits[split]):
                     raise DataError(f"datasets.{name}: the split {split!r} has no samples.")
                 found.append((str(name), split, splits[split]))
@@ -267,15 +272,18 @@ class Job:
     def finish(self, evaluation: Evaluation, started: float) -> None:
         """Put the results of all processes together, score them and write what a run leaves."""
         folder = evaluation.folder
-        for name, path in (("result_dir", folder / RESULT_FOLDER), ("output_dir", folder)):
-            registry.register_path(name, path, replace=True)
+        registry.register_path("output_dir", folder, replace=True)
+        several = len({name for name, *_ in self.datasets}) > 1
         merged = dist.on_main(self.rows.read)
         by_split: dict[str, list[Row]] = {}
         for row in merged:
             by_split.setdefault(f"{row['dataset']}/{row['split']}", []).append(row)
         for name, split, dataset in self.datasets:
             found = sorted(by_split.get(f"{name}/{split}", []), key=_place)
+            place = folder / RESULT_FOLDER / name if several else folder / RESULT_FOLDER  # splits have one name in all
+            registry.register_path("result_dir", place, replace=True)
             result = self._score(SplitResult(name, split, len(dataset), found, None), dataset)
+            result.leaderboard = str(leaderboard_file(place, split).relative_to(folder))
             if dist.is_main():
                 evaluation.splits.append(result)
         dist.on_main(lambda: self._write(evaluation, started))

@@ -26,6 +26,8 @@ class SplitResult:
     """None where the split has no ground truth."""
     scores: Scores | None = None
     """With intervals; None of a task of one's own that gives metrics alone."""
+    leaderboard: str = ""
+    """Where the file for the leaderboard is, in the run's folder; of a split without ground truth."""
 
     @property
     def name(self) -> str:
@@ -44,8 +46,7 @@ def summary_of(result: SplitResult, task: BaseTask) -> dict[str, Any]:
     if result.scores is None:
         is_scored = bool(result.metrics) and not isinstance(task, ScoredTask)
         summary["metrics"] = {name: {"value": value} for name, value in (result.metrics or {}).items() if is_scored}
-        leaderboard = f"{RESULT_FOLDER}_leaderboard_{result.split}.json"
-        summary["notes"] = [] if is_scored else [f"Not scored; {leaderboard} is the file for its leaderboard."]
+        summary["notes"] = [] if is_scored else [f"Not scored; {result.leaderboard} is the file for its leaderboard."]
         return summary
     scores = result.scores
     summary["headline"] = scores.headline

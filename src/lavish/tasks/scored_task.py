@@ -113,7 +113,7 @@ class ScoredTask(BaseTask):
         scores = self.score(results, self.dataset, split_name) if self.report_metric else None
         if scores is None:
             if folder is not None:
-                write_json(self.leaderboard(results), folder.with_name(f"{folder.name}_leaderboard_{split_name}.json"))
+                write_json(self.leaderboard(results), leaderboard_file(folder, split_name))
             return None, None if self.report_metric else {"agg_metrics": 0.0}
         metrics = scores.metrics()
         output = registered_folder("output_dir")
@@ -137,6 +137,11 @@ def with_lavis_names(run: Mapping[str, Any]) -> Mapping[str, Any]:
         if value is not None:
             made[name] = value
     return made
+
+
+def leaderboard_file(result_dir: Path, split_name: str) -> Path:
+    """Give where the results of a split without ground truth go: beside the folder of results, as LAVIS's."""
+    return result_dir.with_name(f"{result_dir.name}_leaderboard_{split_name}.json")
 
 
 def registered_folder(name: str) -> Path | None:
