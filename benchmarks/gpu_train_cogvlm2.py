@@ -188,7 +188,7 @@ def estimate(kind: str, options: argparse.Namespace) -> float:
     network = layout(options)
     frozen, parts = sum(weight.nbytes for weight in network.parameters()), ""
     if kind == "qlora":
-        matrices = [network.get_submodule(name).weight for name in quantization.quantized_layers(network)]
+        matrices: list[Any] = [network.get_submodule(name).weight for name in quantization.quantized_layers(network)]
         largest = max(weight.nbytes for weight in matrices)
         frozen += largest + sum(int(weight.numel() * NF4_BYTES) - weight.nbytes for weight in matrices)
         parts = f" with {largest / 1e9:.2f} for the matrix that is multiplied"

@@ -17,6 +17,8 @@ LOGITS_APART = (
 
 ON_CUDA = {"rtol": 0.0, "atol": 5e-4}
 """Logits of another device: what the fixtures' sheet allows for the other order of its sums."""
+LOSS_ON_CUDA = 1e-3
+"""Losses of four steps of AdamW on another device, as a share: each step takes the other order of sums along."""
 
 SAT_PIXELS = {"rtol": 0.0, "atol": 1e-5}
 """Absolute, of the sheet of SAT's checkpoints, as the two below; measured: 0.0."""

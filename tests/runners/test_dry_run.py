@@ -65,6 +65,8 @@ def test_memory_and_the_gpus_that_it_fits_on() -> None:
     assert one.memory_bytes == 24 * 2**30
     updating = Plan("run", "cpu", {"all": part}, 10, 40, 1, 2**30, 1.0, pass_bytes=2**30, update_bytes=2 * 2**30)
     assert updating.memory_bytes == 25 * 2**30
+    saving = Plan("run", "cpu", {"all": part}, 10, 40, 1, 2**30, 1.0, average_bytes=2**30, save_bytes=4 * 2**30)
+    assert saving.memory_bytes == 27 * 2**30
     assert one.fits == [name for name, gib in GPUS_GIB.items() if gib > 24]
 
 

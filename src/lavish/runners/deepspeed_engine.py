@@ -148,9 +148,9 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def fill(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         """Put whole weights where each process has its share: into the weights that compute, and those that learn."""
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,  # pyright: ignore[reportMissingImports]
-            safe_set_local_fp32_param,  # pyright: ignore[reportMissingImports]
+        from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
+            safe_set_full_fp32_param,
+            safe_set_local_fp32_param,
         )
 
         expected = trained(model)
@@ -277,9 +277,9 @@ def _share(place: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 def _put_moment(parameter: nn.Parameter, kind: str, whole: torch.Tensor) -> None:
     """Put a whole state of the optimizer where this process has its share."""
-    from deepspeed.utils import (
-        safe_set_full_optimizer_state,  # pyright: ignore[reportMissingImports]
-        safe_set_local_optimizer_state,  # pyright: ignore[reportMissingImports]
+    from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
+        safe_set_full_optimizer_state,
+        safe_set_local_optimizer_state,
     )
 
     if _is_shared(parameter):

@@ -55,6 +55,8 @@ class Plan:
     """Measured: the most that a pass held beside the weights, gradients and what was soon dropped included."""
     update_bytes: int = 0
     """What the optimizer makes and drops in its step."""
+    save_bytes: int = 0
+    """Copies of the weights that are made to write them, when gradients are dropped."""
     average_bytes: int = 0
     """The mean of the weights, where one is kept."""
     notes: list[str] = field(default_factory=list)
@@ -65,9 +67,9 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """The estimated peak: weights and the optimizer's states, and beside them a pass or the optimizer's step."""
+        """The estimated peak: weights and optimizer states, and beside them a pass, a step, or what is written."""
         stays = self.total("weight_bytes") + self.total("optimizer_bytes") + self.average_bytes
-        return stays + max(self.pass_bytes, self.total("gradient_bytes") + self.update_bytes)
+        return stays + max(self.pass_bytes, self.total("gradient_bytes") + self.update_bytes, self.save_bytes)
 
     @property
     def fits(self) -> list[str]:
@@ -99,6 +101,7 @@ def plan(config: Any, name: str = "run") -> Plan:
             step_seconds=probe.seconds * len(runner.passes(0)),
             pass_bytes=probe.pass_bytes,
             update_bytes=_update_bytes(runner),
+            save_bytes=_save_bytes(runner),
             average_bytes=_learns(runner.model) if runner.average is not None else 0,
             notes=_notes(runner),
         )
@@ -194,6 +197,14 @@ def _update_bytes(runner: RunnerBase) -> int:
     """Give what torch's AdamW makes in a step: a root of each second moment, of all weights at once on CUDA."""
     sizes = [weight.nbytes for weight in runner.model.parameters() if weight.requires_grad]
     return sum(sizes) if runner.device.type == "cuda" else 2 * max(sizes)
+
+
+def _save_bytes(runner: RunnerBase) -> int:
+    """Give what writing LAVIS's files takes on the device: the weights for the file, and those that a mean replaces."""
+    if runner.config is None:
+        return 0
+    copies = (runner.device.type == "cpu") + (runner.average is not None)
+    return copies * _learns(runner.model)
 
 
 class _Made(TorchDispatchMode):
