@@ -117,6 +117,16 @@ def test_a_tower_that_learns_is_refused(tmp_path: Path) -> None:
             learner("cogvlm", tmp_path, **settings)
 
 
+def test_shared_weights_are_refused(tmp_path: Path) -> None:
+    """A process that reads a picture off the disk would not take part where the others gather the tower's weights."""
+    model = learner("glm4v_9b", tmp_path)
+    weight: Any = next(model.vlm.model.transformer.vision.patch_embedding.parameters())
+    weight.ds_id = 0  # of ZeRO-3
+    pixels = pixels_of(model.vlm.model, 1)
+    with pytest.raises(ConfigError, match=r"share the tower's weights.*run\.engine ddp"):
+        model.features.image_features(pixels, [digest(pixels[0])])
+
+
 def test_the_disk_that_it_takes_is_told_and_not_taken(tmp_path: Path) -> None:
     cache = tmp_path / "features"
     config = recipe(tmp_path, {**TINY["glm4v_9b"], "train": ["projector"], "feature_cache": str(cache)})

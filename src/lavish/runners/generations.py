@@ -105,13 +105,13 @@ def _said(dataset: Any, index: int, sample: Any) -> Row:
         users = [message.text() for message in checked if message.role == "user"]
         return {"question": users[-1] if users else None, "reference": answers[-1] if answers else None}
     records = getattr(dataset, "annotation", None)  # data sets of one's own may keep none
-    if isinstance(records, list) and isinstance(records[index], Mapping):
+    if isinstance(records, list) and index < len(records) and isinstance(records[index], Mapping):
         record = {**record, **records[index]}
     question = next((record[name] for name in QUESTIONS if isinstance(record.get(name), str)), None)
     return {"question": question, "reference": _reference(record)}
 
 
-def _reference(record: Mapping[str, Any]) -> str | None:
+def _reference(record: Mapping[str, Any]) -> Any:
     found = next((record[name] for name in REFERENCES if record.get(name) is not None), None)
     if isinstance(found, Sequence) and not isinstance(found, str):
         texts = [one.get("answer") if isinstance(one, Mapping) else one for one in found]

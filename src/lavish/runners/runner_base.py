@@ -259,8 +259,6 @@ class RunnerBase:
         sums = self._resume(state)
         self.board = Board(self.folder.path, self.step) if dist.is_main() else None
         self.task.before_training(model=self.model, dataset=self.datasets)
-        step_module = cast(nn.Module, torch.compile(self.called)) if self.run.compile else self.called
-        batches = self._batches()
         if state is not None:
             self._restore_random_states(state)
             self._after_epoch()  # a validation that the run was killed in
@@ -268,18 +266,14 @@ class RunnerBase:
             self._show_answers(epoch="before")
         self.model.train()
         if loop is None:
-            self._make_steps(set_rates, step_module, batches, sums)
+            self._make_steps(set_rates, sums)
         else:
             self._train_by_task(set_rates)
         self._finish()
 
-    def _make_steps(
-        self,
-        set_rates: Callable[[int], float],
-        step_module: nn.Module,
-        batches: Iterator[Batch],
-        sums: dict[str, float],
-    ) -> None:
+    def _make_steps(self, set_rates: Callable[[int], float], sums: dict[str, float]) -> None:
+        step_module = cast(nn.Module, torch.compile(self.called)) if self.run.compile else self.called
+        batches = self._batches()
         started, cpu_started = time.perf_counter(), time.process_time()
         while self.step < self.num_steps:
             self.lr = lr = set_rates(self.step)

@@ -17,6 +17,8 @@ from lavish.datasets.datasets.tar_shards import PICTURES, TEXTS, expand, read_sh
 
 _FAULTS = (OSError, ValueError, TypeError, LookupError, NotImplementedError)
 """What pyarrow's errors refine, and what comes of text that is no UTF-8."""
+ROWS_AT_ONCE = 256
+"""Rows of a parquet file in memory."""
 
 
 class TableRows(Sequence[tuple[str, Any]]):
@@ -85,13 +87,14 @@ class ParquetStream:
         from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports] - comes with the extra
 
         for file, group, before in self.groups:
-            place = Path(file).name
+            place, at = Path(file).name, before
             try:
-                rows = ParquetFile(file).read_row_group(group).to_pylist()
+                for batch in ParquetFile(file).iter_batches(ROWS_AT_ONCE, row_groups=[group]):
+                    for row in batch.to_pylist():
+                        at += 1
+                        yield f"{place}, row {at}", row
             except _FAULTS as error:
-                raise DataError(f"{place}: cannot be read from row {before + 1} on ({error}).") from error
-            for at, row in enumerate(rows, start=before + 1):
-                yield f"{place}, row {at}", row
+                raise DataError(f"{place}: cannot be read from row {at + 1} on ({error}).") from error
 
 
 class ShardStream:
