@@ -53,6 +53,25 @@ def test_released_chats(chat):
     assert history == [tuple(turn) for turn in case["history"]]
 
 
+def test_conversations_are_answered_up_to_their_last_question():
+    """As a training shows what it says: each with its own pictures, and what follows the question is not looked at."""
+    case = next(one for one in facts()["chat"] if len(one["turns"]) > 1 and one["images"])
+    queries = [turn["query"] for turn in case["turns"][:2]]
+    (first, said), last = case["history"][0], queries[1]
+
+    def turns(*texts: str) -> list[dict[str, str]]:
+        return [{"from": ("user", "assistant")[at % 2], "value": text} for at, text in enumerate(texts)]
+
+    pictures = images(*case["images"])
+    one = turns(first, said, last, "anything")
+    places = sum(text.count("<ImageHere>") for text in (first, last))
+    own = pictures[:places]
+    samples = {"conversations": [turns("Hello!", "Hi."), one], "image": own if places else None}
+    answers = model().generate(samples, **SHORT)
+    assert answers[0] == model().chat("Hello!", [], None, **SHORT)[0]
+    assert answers[1] == model().chat(last, [(first, said)], own if places else None, append_history=False, **SHORT)[0]
+
+
 def test_the_history_is_the_callers():
     history = [("Hello!", "Hi.")]
     _, returned = model().chat("And?", history, None, append_history=False, **SHORT)

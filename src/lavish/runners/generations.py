@@ -104,6 +104,9 @@ def _said(dataset: Any, index: int, sample: Any) -> Row:
         answers = [message.text() for message in checked if message.role == "assistant"]
         users = [message.text() for message in checked if message.role == "user"]
         return {"question": users[-1] if users else None, "reference": answers[-1] if answers else None}
+    if record.get("conversations") is not None:  # of MPP-LLaVA: question, answer, question, answer ...
+        question, right = (str(turn["value"]) for turn in record["conversations"][-2:])
+        return {"question": question, "reference": right}
     records = getattr(dataset, "annotation", None)  # data sets of one's own may keep none
     if isinstance(records, list) and index < len(records) and isinstance(records[index], Mapping):
         record = {**record, **records[index]}

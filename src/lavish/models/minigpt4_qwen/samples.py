@@ -199,6 +199,8 @@ class MiniGPT4Qwen(BaseModel):
     ) -> list[str] | torch.Tensor:
         """Answer rendered prompts: `text` (one or a list, `<ImageHere>` for each picture) and `image`.
 
+        Without `text` the last question of each of `conversations` is answered, which are as `forward` takes them.
+
         Trap: the release fails for two texts; here a batch is padded on the left and equals single runs.
 
         Args:
@@ -212,6 +214,8 @@ class MiniGPT4Qwen(BaseModel):
             PromptError: another number of images than of places.
             DataError: no text, or images of another shape.
         """
+        if isinstance(samples, Mapping) and "text" not in samples and "conversations" in samples and not chat:
+            return self._answer_last(samples, {"generation_config": generation_config, **options})
         inputs = self.processor(text=_part(samples, "text"))
         places = int(inputs["token_type_ids"].sum()) // self.processor.num_image_tokens
         tokens = self._answer(inputs, places, samples.get("image"), generation_config, options)
@@ -253,6 +257,18 @@ class MiniGPT4Qwen(BaseModel):
         if append_history:
             history.append((query, response))
         return response, history
+
+    def _answer_last(self, samples: Mapping[str, Any], options: dict[str, Any]) -> list[str]:
+        """Answer the last question of each conversation; the answer that stands there is not looked at."""
+        images, start, answers = samples.get("image"), 0, []
+        for turns in samples["conversations"]:
+            said = [str(turn["value"]) for turn in turns]  # question, answer, question, answer ...
+            stop = start + sum(text.count(PLACE) for text in said[::2])
+            history = list(zip(said[:-2:2], said[1:-2:2], strict=True))
+            own = None if images is None else images[start:stop]
+            answers.append(self.chat(said[-2], history, own, append_history=False, **options)[0])
+            start = stop
+        return answers
 
     def _answer(self, inputs: Any, places: int, images: Any, generation_config: Any, options: dict[str, Any]) -> Any:
         _check_images(places, images)
