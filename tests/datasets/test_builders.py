@@ -332,6 +332,9 @@ def test_configs_of_files(tmp_path: Path, cache: Path) -> None:
     OmegaConf.save({"model": {}}, path)
     with pytest.raises(ConfigError, match="has no section `datasets`"):
         load_dataset_config(path)
+    for odd in (3, "~nobodys-folder/coco.yaml"):
+        with pytest.raises(ConfigError, match="cfg_path"):
+            load_dataset_config(odd)  # type: ignore[arg-type]
     OmegaConf.save({"datasets": {"a": 3}}, path)
     with pytest.raises(ConfigError, match="holds keys and values, found 3"):
         load_dataset_config(path)

@@ -113,6 +113,18 @@ def test_a_page(tmp_path: Path) -> None:
     assert text.count("class=bad") == 1
 
 
+def test_the_bar_has_one_part_for_neighbours_of_a_kind() -> None:
+    kinds = ("given", "given", "slots", "learnt", "learnt", "given")
+    pieces = [Piece("x", tuple(range(at + 1)), at, kind) for at, kind in enumerate(kinds)]
+    text = page([Shown("row", pieces=pieces)], title="x", facts=[])
+    assert re.findall(r"<i class='(\w+)' style='flex:(\d+)'>", text) == [
+        ("given", "3"),
+        ("slots", "3"),
+        ("learnt", "9"),
+        ("given", "6"),
+    ]
+
+
 def test_spaces_stay(tmp_path: Path) -> None:
     """An answer that is code is looked at as it is: HTML alone would join the spaces."""
     code = "def f(x):\n    return x"

@@ -372,6 +372,14 @@ def test_coco_vqa(named: str, tmp_path: Path) -> None:
     assert "question is None" in str(bad[1])
 
 
+@pytest.mark.parametrize("named", ["questions", "annotations"])
+def test_the_file_of_a_pair_that_is_wrong_is_named(named: str, tmp_path: Path) -> None:
+    questions = write(tmp_path / "questions.json", {"questions": [{"question_id": 1}]})
+    annotations = write(tmp_path / "annotations.json", {"annotations": [{"question_id": 1, "answers": []}, 3]})
+    with pytest.raises(DataError, match=r"annotations\.json, annotation 2: 3 where an object is expected"):
+        open_data({"questions": questions, "annotations": annotations}[named])
+
+
 def test_mdetr(tmp_path: Path) -> None:
     picture(tmp_path, "x.jpg")
     loaded = {

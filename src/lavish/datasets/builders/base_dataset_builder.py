@@ -366,7 +366,7 @@ def load_dataset_config(cfg_path: str | Path, name: str | None = None) -> DictCo
     Raises:
         ConfigError: no such file or section, or several and no name (LAVIS takes the first).
     """
-    sections = load_yaml(cfg_path).get("datasets")
+    sections = load_yaml(local_path(cfg_path, "cfg_path")).get("datasets")
     if not isinstance(sections, Mapping) or not sections:
         raise ConfigError(f"{cfg_path}: has no section `datasets` with a dataset in it.")
     if name is None and len(sections) > 1:
