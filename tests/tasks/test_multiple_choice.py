@@ -1,6 +1,7 @@
 """`multiple_choice`: what is read out of replies, ranked choices, scores by category, and a whole evaluation."""
 
 import json
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,9 @@ def test_a_recipe_with_rows_of_ones_own(tmp_path: Path) -> None:
     assert split.metrics is not None
     assert split.metrics["accuracy"] == 100
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "All 2 samples have the same accuracy, so the bootstrap's interval has no width; up to 100 %" in unescape(
+        page
+    )
     assert page.count("data:image/jpeg;base64,") == 2
     assert "What color is the circle?" in page
     assert "B. blue" in page

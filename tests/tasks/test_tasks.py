@@ -22,13 +22,14 @@ from lavish.models.blip.samples import BlipFeatureExtractor, BlipVQA
 from lavish.models.gpt_dialogue.samples import GPTDialogue
 from lavish.tasks import setup_task
 from lavish.tasks.base_task import BaseTask, read_losses, to_device
+from lavish.tasks.captioning import number
 from lavish.tasks.chat_model import ChatModel, first_line
 from lavish.tasks.dialogue import DialogueTask, rows_of
 from lavish.tasks.grounding import GroundingTask, target_of
 from lavish.tasks.multimodal_classification import MultimodalClassificationTask
 from lavish.tasks.results import first_of_each, save_result
 from lavish.tasks.retrieval import RetrievalTask
-from lavish.tasks.vqa import AOKVQATask, GQATask, OCRVQATask, VQATask
+from lavish.tasks.vqa import AOKVQATask, GQATask, OCRVQATask, VQATask, by_type
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 HEADS = {"vision_config": {"num_attention_heads": 4}, "text_config": {"num_attention_heads": 4}, "max_txt_len": 10}
@@ -225,6 +226,21 @@ def test_questions_with_one_right_answer() -> None:
         VQATask({}).score([{**results[0], "reference": {"a": 1}}], None, "val")
 
 
+def test_scores_by_type_of_answer() -> None:
+    results = [{"question_id": at} for at in range(4)]
+    official = {0: {"answer_type": "number"}, 1: {"answer_type": "other"}, 2: {"answer_type": "number"}, 3: {}}
+    found = by_type(results, [1.0, 0.25, 0.0, 1.0], official)
+    assert {kind: (measure.value, len(measure.stats)) for kind, measure in found.items()} == {
+        "number": (50.0, 2),
+        "other": (25.0, 1),
+    }
+
+
+def test_ids_of_pictures_in_digits_are_numbers() -> None:
+    """COCO's file of captions has numbers, LAVIS's samples have texts of digits."""
+    assert [number(one) for one in ("000123", 5, "12a", "a.png", None)] == [123, 5, "12a", "a.png", None]
+
+
 def test_gqa_of_a_model_that_writes() -> None:
     """No recipe says how a model that chats answers; what is no word of the list was written."""
     task = GQATask({})
@@ -300,8 +316,15 @@ def test_dialogues_are_answered_where_the_recipe_evaluates(
 
 
 def test_conversations_are_not_taken_apart() -> None:
+    """A batch that stays whole counts as often as it has samples."""
     batch = {"conversations": [[], []], "image": pictures(2)}
     assert rows_of(batch) == [batch]
+    task = DialogueTask({})
+    results = [{"instance_id": None, "loss": loss, "num_samples": count} for loss, count in ((1.0, 3), (5.0, 1))]
+    scores = task.score(task.unique(results), None, "val")
+    assert scores is not None
+    assert scores.agg_metrics == pytest.approx(2.0)
+    assert "perplexity" not in scores.measures
 
 
 # -- boxes

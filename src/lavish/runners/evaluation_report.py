@@ -172,7 +172,8 @@ def _card(row: Row, open_picture: OpenPicture, limits: tuple[tuple[float, float]
         parts.append(f"<div class=q>{escape(row['question'])}</div>")
     for name, value in result.items() if isinstance(result, Mapping) else [("result", result)]:
         if not isinstance(result, Mapping) or name in ANSWERS or len(result) == 1:
-            parts.append(f"<div><span class=k>{escape(name)}</span> {escape(str(value))}</div>")
+            shown = "none" if value is None else str(value)
+            parts.append(f"<div><span class=k>{escape(name)}</span> {escape(shown)}</div>")
     if row.get("reference") is not None:
         parts.append(f"<div><span class=k>right</span> {escape(_joined(row['reference']))}</div>")
     foot = f"<span>sample {row.get('index', row.get('indices'))}</span>"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lavish.runners.evaluation_rows import Row, keys_of
 from lavish.tasks.base_task import BaseTask
 from lavish.tasks.metrics.measure import Measure
@@ -53,8 +55,20 @@ def summary_of(result: SplitResult, task: BaseTask) -> dict[str, Any]:
     summary["metrics"] = {name: value_of(measure) for name, measure in scores.measures.items()}
     summary["metrics"] |= {name: {"value": value} for name, value in scores.values.items()}
     summary["groups"] = {name: value_of(measure) for name, measure in scores.groups.items()}
-    summary["notes"] = scores.notes
+    summary["notes"] = [*scores.notes, *note_on_spread(scores)]
     return summary
+
+
+def note_on_spread(scores: Scores) -> list[str]:
+    """Say what an interval without width does not say: where all samples score alike the bootstrap sees no spread."""
+    measure = scores.measures.get(scores.headline)
+    if measure is None or np.ptp(measure.per_sample) > 0:
+        return []
+    count = len(measure.stats)
+    return [
+        f"All {count:,} samples have the same {scores.headline}, so the bootstrap's interval has no width; up to "
+        f"{min(100, 300 / count):.3g} % of samples may still score otherwise (rule of three)."
+    ]
 
 
 def value_of(measure: Measure) -> dict[str, Any]:
