@@ -70,11 +70,7 @@ def test_the_one_file_of_a_folder(tmp_path: Path, weights) -> None:
     torch.save(weights, tmp_path / "y.pth")
     with pytest.raises(UnknownLayout, match=r"2 \.pth files, x\.pth, y\.pth; name one"):
         lavis.read(tmp_path)
-    for name in (
-        "checkpoint_0",
-        "checkpoint_last",
-        "checkpoint_best",
-    ):  # of a training run, in the order of their worth
+    for name in ("checkpoint_0", "checkpoint_last", "checkpoint_best"):  # a training run's, the best one last
         torch.save({"model": {**weights, name: torch.zeros(1)}}, tmp_path / f"{name}.pth")
         if name != "checkpoint_0":
             assert name in lavis.read(tmp_path)

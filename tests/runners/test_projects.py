@@ -10,7 +10,8 @@ import pytest
 import tiny_lavis
 from video_clip import clip
 
-from lavish.runners.recipe import open_recipe, run_config, train
+from lavish.common.errors import ConfigError
+from lavish.runners.recipe import check, open_recipe, run_config, train
 
 pytest.importorskip("peft")
 PROJECTS = Path(__file__).resolve().parents[2] / "projects"
@@ -198,6 +199,13 @@ TINY = {
 
 def test_every_recipe_is_here() -> None:
     assert sorted(TINY) == RECIPES
+
+
+@pytest.mark.parametrize("family", ["blip", "glm4v_9b", "minigpt4_qwen", "gpt_dialogue"])
+def test_a_misspelt_key_of_the_model_is_found_before_anything_is_fetched(family: str) -> None:
+    name = next(name for name in RECIPES if name.startswith(f"{family}/"))
+    with pytest.raises(ConfigError, match="pretrainde"):
+        check(open_recipe(PROJECTS / name, ["model.pretrainde=x"]))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -205,6 +205,11 @@ class ChatLearner(BaseModel):
             self.features = FeatureFolder(settings.feature_cache, self._base)
 
     @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Check a `model` section: keys, types, and that something learns."""
+        configs.check(read_fields(cfg), ChatSettings, "model")
+
+    @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> ChatLearner:
         """Load the model of a `model` section, or make what `init` says of it, and choose what learns.
 

@@ -56,6 +56,11 @@ class GPTDialogue(BaseModel):
         self.tokenizer_folder = tokenizer_folder
 
     @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Check the keys of a `model` section."""
+        _check_keys(read_fields(cfg))
+
+    @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> GPTDialogue:
         """Make the model of a `model` section: its `finetuned` file, else GPT-2's weights with fresh video layers.
 

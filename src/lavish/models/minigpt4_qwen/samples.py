@@ -69,6 +69,11 @@ class MiniGPT4Qwen(BaseModel):
         """What the forward pass runs in, though what learns may be float32."""
 
     @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Check the keys of a `model` section."""
+        read_section(read_fields(cfg))
+
+    @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> MiniGPT4Qwen:
         """Make the model of a `model` section: `finetuned` is the piece that was trained, or a folder with all pieces.
 
