@@ -249,6 +249,20 @@ def test_what_is_answered_is_not_asked_again(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "results.jsonl").read_bytes() == whole
 
 
+def test_answers_that_are_drawn_go_on_as_they_would_have(tmp_path: Path) -> None:
+    """What is drawn depends on the sample, and not on what was asked before it."""
+    drawn = ("run.use_nucleus_sampling=true", "run.top_p=0.95")
+    run("caption_coco_eval", tmp_path, *drawn)
+    whole = (tmp_path / "results.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_bytes(b"".join(lines[:4]))
+    run("caption_coco_eval", tmp_path, *drawn)
+    assert (tmp_path / "results.jsonl").read_bytes() == whole
+    (tmp_path / "results.jsonl").write_bytes(whole + lines[0].replace(b'"index": 0', b'"index": 9'))
+    with pytest.raises(DataError, match=r"has 7 samples; 0 have no result, and 1 results are of no sample"):
+        run("caption_coco_eval", tmp_path, *drawn)
+
+
 def test_a_damaged_file_is_no_torn_one(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text('{"dataset": "a"\n{}\n')
     with pytest.raises(DataError, match=r"results\.jsonl, row 1: damaged.*delete the file"):
@@ -436,6 +450,16 @@ def test_compare(tmp_path: Path) -> None:
     assert largest_changes(tmp_path / "a", tmp_path / "a") == []
     (same,) = compare_runs(tmp_path / "a", tmp_path / "a")
     assert same.difference == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_of_losses_the_lower_one_is_better() -> None:
+    from lavish.runners.evaluation_compare import _compare
+    from lavish.tasks.metrics.measure import mean_of
+
+    first, second = (mean_of(losses, higher_is_better=False) for losses in ([1.0, 2.0, 3.0], [0.5, 2.0, 1.0]))
+    found = _compare("a/val", "loss", first, second)
+    assert (found.num_better, found.num_worse, found.higher_is_better) == (2, 0, False)
+    assert found.difference.difference == pytest.approx(-2.5 / 3)
 
 
 def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:

@@ -459,8 +459,10 @@ def test_chat_models_answer_all_kinds(pocket: ChatModel) -> None:
     pairs = zip(images, samples["text_input"], strict=True)
     alone = [pocket.predict_answers({"image": [image], "text_input": text})[0] for image, text in pairs]
     assert together == alone
-    assert len(pocket.generate(samples)) == 2
-    assert len(pocket.locate(samples)) == 2
+    captions, short = pocket.generate(samples), pocket.generate(samples, max_length=2)
+    assert all(len(one) < len(other) for one, other in zip(short, captions, strict=True))
+    boxes, cut = pocket.locate(samples), pocket.locate(samples, max_len=2)
+    assert all(len(one) < len(other) for one, other in zip(cut, boxes, strict=True))
     for place, reply in pocket.choose(samples, [["red", "blue"], ["yes", "no"]]):
         assert place in (None, 0, 1)
         assert reply
@@ -470,6 +472,26 @@ def test_chat_models_answer_all_kinds(pocket: ChatModel) -> None:
         pocket.predict_answers({"image": images, "text_input": ["one"]})
     with pytest.raises(DataError, match="as they are"):
         pocket.predict_answers({"image": pictures(1), "text_input": ["one"]})
+
+
+def test_short_answers_are_the_first_line_and_choices_are_read_from_all() -> None:
+    """A model that says more than it was asked for, and one question after the other."""
+    asked: list[str] = []
+
+    def batch(conversations: Any, **options: Any) -> list[Any]:
+        asked.extend(one[0]["content"][1]["text"] for one in conversations)
+        return [SimpleNamespace(text="\nRed\nIt is B.")] * len(conversations)
+
+    network = torch.nn.Linear(1, 1)
+    network.config = SimpleNamespace(model_type="other")  # type: ignore[assignment]
+    model = ChatModel(SimpleNamespace(capabilities=("batch",), model=network, batch=batch))  # type: ignore[arg-type]
+    samples = {"image": [Image.new("RGB", (4, 4))], "text_input": ["What colour?"]}
+    assert model.predict_answers(samples) == ["Red"]
+    assert model.choose(samples, [["green", "blue"]]) == [(1, "Red\nIt is B.")]
+    assert asked == [
+        "What colour?\nAnswer the question using a single word or phrase.",
+        "What colour?\nA. green\nB. blue\nAnswer with the option's letter from the given choices directly.",
+    ]
 
 
 def test_texts_of_questions() -> None:
