@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="a toy of the same shape, to try the script")
     parser.add_argument("--estimate", action="store_true", help="follow a step on the meta device, without memory")
+    parser.add_argument("--all-logits", action="store_true", help="of --estimate: as if the head ran on every token")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the layers to keep, in (0, 1]")
     parser.add_argument("--text-tokens", type=int, default=512)
     parser.add_argument("--answer-tokens", type=int, default=512)
@@ -199,7 +200,8 @@ def estimate(kind: str, options: argparse.Namespace) -> float:
     sample = Sample(network, options, pixels_on="meta")
     made = _Made([*learner.parameters(), *learner.buffers(), *sample.inputs.values()])
     with fused_attention(), made:
-        learner.train().network(**sample.inputs, logits_to_keep=NO_LOGITS).loss.backward()
+        keep = 0 if options.all_logits else NO_LOGITS
+        learner.train().network(**sample.inputs, logits_to_keep=keep).loss.backward()
     peak = frozen + states + made.most_bytes
     tokens = sample.inputs["input_ids"].shape[1]
     print(
