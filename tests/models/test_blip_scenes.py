@@ -58,7 +58,7 @@ def test_a_recipe_trains_and_is_evaluated(name: str, metric: str, tmp_path: Path
 
 def test_the_vocabulary_has_every_word_of_the_world() -> None:
     processor = BlipProcessor(load_tokenizer(TINY))
-    unknown = processor.tokenizer.unk_token_id
+    unknown = int(str(processor.tokenizer.unk_token_id))
     stream = Stream(1, SceneSettings(max_items=3, shapes=list(SHAPES), colours=list(COLOURS)))
     scenes = [stream.scene(index)[0] for index in range(60)]
     texts = [f"{processor.prompt}{caption(scene)}" for scene in scenes]
