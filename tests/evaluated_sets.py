@@ -112,8 +112,8 @@ def sized(dataset: str, *more: str) -> list[str]:
 def main() -> None:
     import torch
 
+    from lavish.cli import main as command
     from lavish.common import dist
-    from lavish.common.config import Config
     from lavish.runners import evaluation
 
     torch.set_num_threads(1)
@@ -130,8 +130,10 @@ def main() -> None:
 
     noted.batches = 0
     evaluation.rows_of = noted
-    evaluation.evaluate(Config(recipe, options))
+    status = command(["evaluate", recipe, *options])
     sys.stdout.write(json.dumps({"rank": dist.rank(), "answered": answered}) + "\n")  # whole: two processes write
+    sys.stdout.flush()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

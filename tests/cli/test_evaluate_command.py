@@ -1,9 +1,5 @@
 """`lavish evaluate` of LAVIS's recipes on the command line: its spellings, tables, comparison and errors."""
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluated_sets as sets
@@ -77,15 +73,3 @@ def test_ctrl_c_says_what_happens(
     monkeypatch.setattr("lavish.runners.evaluation.evaluate", interrupted)
     assert main(["evaluate", RECIPE, *options(tmp_path / "a")]) == 130
     assert "The same command goes on" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_processes_of_torchrun(tmp_path: Path) -> None:
-    """One speaks, and the table is that of one process."""
-    environment = os.environ | {"PYTHONPATH": str(sets.ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "lavish"]
-    command += ["evaluate", "--cfg-path", RECIPE, "--options", *options(tmp_path / "a")]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert found.returncode == 0, found.stderr
-    assert len(re.findall(r"vqa_accuracy +41\.43", found.stdout)) == 1
-    assert found.stderr.count("evaluate: 7 of 7") == 1

@@ -421,6 +421,8 @@ def test_processes_share_the_samples_and_a_killed_one_is_made_good(tmp_path: Pat
     assert 0 < len(before) < 7
     rest = program(2, -1, 0, "vqav2_eval", tmp_path / "killed")
     assert rest.returncode == 0, rest.stderr
+    assert len(re.findall(r"vqa_accuracy +41\.43", rest.stdout)) == 1  # one process speaks
+    assert rest.stderr.count("evaluate: 7 of 7") == 1
     assert sorted([*before, *answered(rest.stdout)]) == list(range(7))  # each once
     assert (tmp_path / "killed" / "results.jsonl").read_bytes() == (tmp_path / "alone" / "results.jsonl").read_bytes()
     found = json.loads((tmp_path / "killed" / "metrics.json").read_text())
