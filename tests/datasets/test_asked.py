@@ -153,6 +153,24 @@ def test_questions(folder: Path) -> None:
         build("questions", folder / "rows.json", format="vqaa")
 
 
+def test_a_conversation_of_one_turn_is_a_question(folder: Path) -> None:
+    """What was held out of a training is scored as it is, in whatever form."""
+    content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    dataset = build("questions", write(folder / "rows.json", [{"id": "x", "messages": turns}]))
+    assert (dataset[0]["text_input"], dataset[0]["question_id"]) == ("What?", "x")
+    assert dataset[0]["image"].size == (12, 9)
+    assert dataset.annotation[0]["answer"] == "red"
+    said = [{"from": "human", "value": "<image>\nWhy?"}, {"from": "gpt", "value": "so"}]
+    dataset = build("questions", write(folder / "llava.json", [{"image": "b.png", "conversations": said}]))
+    assert (dataset[0]["text_input"], dataset.annotation[0]["answer"]) == ("Why?", "so")
+    with pytest.raises(DataError, match=r"row 1: a conversation of 4 messages; .* image_text_pretrain"):
+        build("questions", write(folder / "rows.json", [{"messages": turns * 2}]))
+    blind = [{"role": "user", "content": "What?"}, turns[1]]
+    with pytest.raises(DataError, match=r"row 1: names 0 pictures"):
+        build("questions", write(folder / "rows.json", [{"messages": blind}]))
+
+
 def test_captions(folder: Path) -> None:
     """Rows of one picture are one sample, whose references they all are."""
     rows = [{"image": "a.png", "caption": "red"}, {"image": "b.png", "caption": ["blue", "b"]}]

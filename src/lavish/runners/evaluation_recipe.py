@@ -30,7 +30,7 @@ from lavish.tasks.base_task import BaseTask
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, CHAT = "config.yaml", "chat"
 ANYHOW = (
     *("output_dir", "device", "num_workers", "num_threads", "batch_size_eval", "batch_size_train", "log_freq"),
     *("world_size", "dist_url", "distributed", "use_dist_eval_sampler"),
@@ -152,7 +152,8 @@ def chat_section(cfg: Config) -> LoadedModel:
     """Read the section `model` of a model that `lavish.load` opens; what a registered model would need is left out."""
     plain: Any = OmegaConf.to_container(cfg.model_cfg, resolve=True)
     if plain.get("arch") is not None:
-        logger.warning("model.path is evaluated; model.arch %r of the recipe is not.", plain["arch"])
+        if plain["arch"] != CHAT:
+            logger.warning("model.path is evaluated; model.arch %r of the recipe is not.", plain["arch"])
         known = LoadedModel.__dataclass_fields__
         plain = {name: value for name, value in plain.items() if name in known}
     return configs.check(plain, LoadedModel, "model")

@@ -169,12 +169,12 @@ class SeededSamples(Dataset):
 def own_randomness(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the generators of Python, NumPy and torch's CPU, and of a GPU that is named; set them back afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    is_cuda = device is not None and device.type == "cuda"
-    cuda_state = torch.cuda.get_rng_state(device) if is_cuda else None
+    gpu = device if device is not None and device.type == "cuda" else None
+    gpu_state = None if gpu is None else torch.cuda.get_rng_state(gpu)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
-    if is_cuda:
+    if gpu is not None:
         torch.cuda.manual_seed(seed)
     try:
         yield
@@ -182,5 +182,5 @@ def own_randomness(seed: int, device: torch.device | None = None) -> Iterator[No
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        if cuda_state is not None and device is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
+        if gpu is not None and gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, gpu)

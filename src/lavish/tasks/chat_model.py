@@ -85,7 +85,7 @@ class ChatModel(nn.Module):
 
     def generate(self, samples: Mapping[str, Any], max_length: int | None = None, **options: Any) -> list[str]:
         """Caption each picture; of `options` beams and drawing do not apply, answers are greedy."""
-        images = samples["image"]
+        (images,) = asked_of(samples, "image")
         return self.ask("caption", images, [""] * len(images), max_length)
 
     def predict_answers(self, samples: Mapping[str, Any], max_len: int | None = None, **options: Any) -> list[str]:
@@ -93,7 +93,8 @@ class ChatModel(nn.Module):
 
         Of `options`, those of ranking do not apply: an answer is always written.
         """
-        replies = self.ask("vqa", samples["image"], texts(samples["text_input"]), max_len)
+        images, questions = asked_of(samples, "image", "text_input")
+        replies = self.ask("vqa", images, texts(questions), max_len)
         return [first_line(reply) for reply in replies]
 
     def choose(self, samples: Mapping[str, Any], choices: Sequence[Sequence[str]]) -> list[tuple[int | None, str]]:
@@ -104,12 +105,14 @@ class ChatModel(nn.Module):
         """
         if most := max((row for row in map(len, choices) if row > len(ascii_uppercase)), default=0):
             raise DataError(f"A question has {most} choices; they are shown by the letters A to Z.")
-        replies = self.ask("choice", samples["image"], texts(samples["text_input"]), choices=list(map(listed, choices)))
+        images, questions = asked_of(samples, "image", "text_input")
+        replies = self.ask("choice", images, texts(questions), choices=list(map(listed, choices)))
         return [(read_choice(reply, row), reply) for reply, row in zip(replies, choices, strict=True)]
 
     def locate(self, samples: Mapping[str, Any], max_len: int | None = None) -> list[str]:
         """Say where each phrase is: the replies, with boxes in thousandths."""
-        return self.ask("locate", samples["image"], texts(samples["text_input"]), max_len)
+        images, phrases = asked_of(samples, "image", "text_input")
+        return self.ask("locate", images, texts(phrases), max_len)
 
     @torch.no_grad()
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,6 +169,21 @@ class ChatModel(nn.Module):
             chat_template=ask.chat_template,
         )
         return [reply.text.strip() for reply in replies]
+
+
+def asked_of(samples: Mapping[str, Any], *names: str) -> list[Any]:
+    """Give what a question is made of.
+
+    Raises:
+        DataError: the samples are of another kind.
+    """
+    if absent := [name for name in names if name not in samples]:
+        raise DataError(
+            f"The samples have no {absent[0]!r}; they have {', '.join(map(str, samples)) or 'nothing'}. Files of your "
+            "own are read by the data sets questions, captions and refcoco; the task image_text_pretrain gives the "
+            "losses of conversations."
+        )
+    return [samples[name] for name in names]
 
 
 def changed(asks: Mapping[str, Ask], name: str, changes: Mapping[str, Any]) -> Ask:

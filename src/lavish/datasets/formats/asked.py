@@ -16,7 +16,7 @@ from lavish.datasets.datasets.annotations import Fault
 from lavish.datasets.datasets.base_dataset import BaseDataset
 from lavish.datasets.formats import choices
 from lavish.datasets.formats.opening import Source, open_data
-from lavish.datasets.formats.records import ANSWERS, as_row, media_of
+from lavish.datasets.formats.records import ANSWERS, CONVERSATIONS, as_row, kind_of, media_of
 from lavish.datasets.formats.samples import Pictures
 
 
@@ -53,9 +53,22 @@ class AskedDataset(BaseDataset):
         places, rows = [], []
         for where, row in source.rows:
             places.append(where)
-            rows.append(_placed(where, _plain, source, row))
+            rows.append(_placed(where, self.plain, source, row))
         made = zip(places, choices.with_pictures(rows), strict=True)
         return [_placed(where, self.record, row) for where, row in made]
+
+    def plain(self, source: Source, row: Any) -> dict[str, Any]:
+        """Give a row as an object, as its form reads it.
+
+        Raises:
+            DataError: it is none.
+        """
+        if isinstance(row, Fault):
+            raise DataError(row)
+        made = as_row(row if source.convert.before is None else source.convert.before(row))
+        if not isinstance(made, Mapping):
+            raise DataError(f"{shown(made)} where an object is expected.")
+        return dict(made)
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
         """Give the record of a row; what is wrong with it raises."""
@@ -77,8 +90,17 @@ class AskedDataset(BaseDataset):
 class QuestionDataset(AskedDataset):
     """`image`, `text_input`, `question_id`, `instance_id`; with `choices`, `correct_choice_idx`, `category`.
 
-    The records keep the answers, by which the tasks `vqa`, `gqa` and `ocr_vqa` score.
+    The records keep the answers, by which the tasks `vqa`, `gqa` and `ocr_vqa` score. Rows may be conversations, in any
+    form that trains, with one turn about one picture each.
     """
+
+    def plain(self, source: Source, row: Any) -> dict[str, Any]:
+        """Give a question as it stands in the row, or that of a conversation."""
+        made = super().plain(source, row)
+        if "question" in made or choices.has_choices(made) or kind_of(made) not in CONVERSATIONS:
+            return made
+        sample = source.convert(row)
+        return {**_only_turn(sample["messages"]), "question_id": sample.get("id")}
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
         """Give a question, with or without choices."""
@@ -143,11 +165,22 @@ def _placed(where: str, make: Callable[..., dict[str, Any]], *given: Any) -> dic
         raise DataError(f"{where}: {error}") from error
 
 
-def _plain(source: Source, row: Any) -> dict[str, Any]:
-    """Give a row as an object, as its form reads it."""
-    if isinstance(row, Fault):
-        raise DataError(row)
-    made = as_row(row if source.convert.before is None else source.convert.before(row))
-    if not isinstance(made, Mapping):
-        raise DataError(f"{shown(made)} where an object is expected.")
-    return dict(made)
+def _only_turn(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Give the question, answer and picture of a conversation.
+
+    Raises:
+        DataError: it has several turns, or another number of pictures than one.
+    """
+    if len(messages) != 2:
+        raise DataError(
+            f"a conversation of {len(messages)} messages; a question and its answer are expected. The losses of longer "
+            "ones are those of the task image_text_pretrain on the data set conversations."
+        )
+    asked, answered = (message["content"] for message in messages)
+    parts = [{"type": "text", "text": asked}] if isinstance(asked, str) else asked
+    media = [part for part in parts if part["type"] != "text"]
+    if [part["type"] for part in media] != ["image"]:
+        raise DataError(f"names {len(media)} pictures or videos; one picture is expected.")
+    question = " ".join(part["text"].strip() for part in parts if part["type"] == "text" and part["text"].strip())
+    spoken = [answered] if isinstance(answered, str) else [part["text"] for part in answered]
+    return {"question": question, "answer": " ".join(spoken), "image": media[0]["image"]}

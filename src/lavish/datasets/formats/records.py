@@ -32,6 +32,8 @@ BOXES = ("bbox", "box")
 IMAGES = ("image", "images", "image_path", "img", "image_file", "file_name")
 MAX_PIXELS = 1_000_000_000
 """No side of a picture is longer."""
+CONVERSATIONS = ("llava", "sharegpt", "messages", "swift", "cauldron", "minigpt4_qwen")
+"""Those of `KINDS` that are questions with their answers as they were said."""
 ANSWERS = ("answer", "answers", "direct_answers", "multiple_choice_answer")
 
 
