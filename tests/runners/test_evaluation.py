@@ -629,27 +629,6 @@ def test_a_picture_that_is_absent_names_its_row(tmp_path: Path, cache: Path) -> 
     assert len(Rows(tmp_path / "out").read()) == 4  # what was answered stays
 
 
-def test_workers_tell_what_is_wrong_as_the_process_does() -> None:
-    from lavish.runners.loading import batches_of
-
-    class Broken(torch.utils.data.Dataset):
-        def __getitem__(self, index: int) -> int:
-            raise DataError(f"rows.json, row {index}: wrong.")
-
-    for workers, index in ((0, 3), (1, 4)):
-        loader = torch.utils.data.DataLoader(Broken(), sampler=[index], num_workers=workers)
-        with pytest.raises(DataError) as error:
-            list(batches_of(loader))
-        assert str(error.value) == f"rows.json, row {index}: wrong."
-    with pytest.raises(DataError, match=r"^itself$"):
-        list(batches_of(raised(DataError("itself"))))
-
-
-def raised(error: Exception) -> Any:
-    yield 1
-    raise error
-
-
 def test_references_of_half_a_split(tmp_path: Path, cache: Path) -> None:
     stored = json.loads((cache / "coco" / "annotations" / "v2_mscoco_val2014_annotations.json").read_text())
     stored["annotations"].pop()

@@ -136,7 +136,7 @@ def test_float16_scales_the_loss_and_skips_steps_that_overflow(tmp_path: Path) -
     """The scale begins at 65536 and halves at each overflow; a resumed run goes on with what it was."""
     changes = {"amp": True, "amp_dtype": "float16", "init_lr": 1e-3, "muon_lr": 1e-3}
     toy, scales = runner(config(tmp_path / "all", **changes)), []
-    toy.progress = lambda *_: scales.append(toy.scaler.get_scale())
+    toy.progress = lambda *_: scales.append(toy.maker.scaler.get_scale())
     with torch.no_grad():
         dict(toy.model.named_parameters())["lm_head.weight"].mul_(5)  # gradients of 65536 times the loss overflow
     before = {name: weight.clone() for name, weight in toy.model.named_parameters()}
@@ -147,7 +147,7 @@ def test_float16_scales_the_loss_and_skips_steps_that_overflow(tmp_path: Path) -
     assert any(not torch.equal(before[name], weight) for name, weight in toy.model.named_parameters())
     again = runner(config(tmp_path / "all", max_iters=8, **changes))
     again.train()
-    assert again.scaler.get_scale() <= scales[-1]
+    assert again.maker.scaler.get_scale() <= scales[-1]
 
 
 @pytest.mark.parametrize("epochs", [False, True])

@@ -144,8 +144,9 @@ def test_a_task_sees_the_data_set_behind_the_loader(tmp_path: Path) -> None:
     assert found == ["a", "b", "c"]
 
 
-def test_a_broken_held_out_sample_is_told_in_one_line() -> None:
-    loader = HeldOutLoader(Texts(5), range(5), 2, num_workers=1)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_held_out_sample_is_told_in_one_line(num_workers: int) -> None:
+    loader = HeldOutLoader(Texts(5), [[0, 1], [2, 3], [4]], num_workers)
     assert len(loader) == 3
     with pytest.raises(DataError, match=r"^row 5 is no picture\.$"):
         list(loader)

@@ -153,7 +153,7 @@ def _probe(runner: RunnerBase) -> _Probe:
     runner.model.train()
     batches = [samples for _, samples in islice(runner._batches(), NUM_PROBES)]
     with _Saved(runner.model) as saved:
-        losses = runner._forward(runner.called, batches[0])
+        losses = runner.maker.forward(runner.called, batches[0])
     probe.kept_bytes = saved.num_bytes
     runner.engine.backward(losses["loss"])
     del losses
@@ -169,7 +169,7 @@ def _probe(runner: RunnerBase) -> _Probe:
 
 
 def _pass(runner: RunnerBase, samples: dict[str, Any]) -> None:
-    losses = runner._forward(runner.called, samples)
+    losses = runner.maker.forward(runner.called, samples)
     runner.engine.backward(losses["loss"])
     if runner.device.type == "cuda":
         torch.cuda.synchronize()

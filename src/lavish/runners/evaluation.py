@@ -22,7 +22,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +34,6 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lavish import __version__
 from lavish.common import dist
@@ -70,7 +69,7 @@ from lavish.runners.evaluation_summary import (
     statistics_of,
     summary_of,
 )
-from lavish.runners.loading import batches_of
+from lavish.runners.held_out import HeldOutLoader
 from lavish.runners.schema import RunConfig
 from lavish.tasks.base_task import BaseTask, to_device
 from lavish.tasks.chat_model import OF_OTHERS, ChatModel
@@ -221,7 +220,7 @@ class Job:
             )
             if own_evaluation:
                 self.task.before_evaluation(model=self.model, dataset=dataset)
-                loader = _Loader(dataset, mine, self._loader(dataset, mine))
+                loader = self._loader(dataset, mine)
                 self.whole[f"{name}/{split}"] = self.task.evaluation(self.model, loader)
             elif every:
                 self.task.before_evaluation(model=self.model, dataset=dataset)
@@ -234,20 +233,16 @@ class Job:
         left = [[index for index in batch if (name, split, index) not in answered] for batch in cut]
         return [batch for batch in left if batch]
 
-    def _loader(self, dataset: Any, batches: Sequence[list[int]]) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=self.run.num_workers,
-            collate_fn=as_lists if self.is_chat else dataset.collater,
-            pin_memory=self.device.type == "cuda" and not self.is_chat,
-        )
+    def _loader(self, dataset: Any, batches: Sequence[list[int]]) -> HeldOutLoader:
+        collate = as_lists if self.is_chat else None
+        pins = self.device.type == "cuda" and not self.is_chat
+        return HeldOutLoader(dataset, batches, self.run.num_workers, collate, pins=pins)
 
     @torch.no_grad()
     def _ask(self, name: str, split: str, dataset: Any, batches: list[list[int]]) -> None:
         path = self.rows.part(dist.rank())
         with path.open("a", encoding="utf-8", errors=HALVES) as file:
-            for indices, samples in zip(batches, batches_of(self._loader(dataset, batches)), strict=True):
+            for indices, samples in zip(batches, self._loader(dataset, batches), strict=True):
                 torch.manual_seed(self.run.seed * 1_000_003 + indices[0])  # drawn answers too are those of one process
                 results = self._step(f"{name}/{split}", indices, samples)
                 file.write("".join(map(line_of, rows_of(name, split, indices, results))))
@@ -396,19 +391,6 @@ def model_record(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, ChatModel):
         record["asked"] = {name: asdict(ask) for name, ask in model.asks.items()}
     return record
-
-
-class _Loader:
-    """A loader that knows its data set, as LAVIS's retrieval models ask."""
-
-    def __init__(self, dataset: Any, batches: Sequence[Sequence[int]], loader: DataLoader[Any]) -> None:
-        self.dataset, self.batches, self.loader = dataset, batches, loader
-
-    def __iter__(self) -> Iterator[Any]:
-        return batches_of(self.loader)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 def as_lists(samples: Sequence[Any]) -> dict[str, list[Any]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,18 +15,26 @@ class HeldOutLoader:
     """Gives some samples of a data set in batches; what is wrong with one is raised as it is, also out of a worker.
 
     Args:
-        dataset: with a `collater`; a model that compares all pictures reads its `text` or `image` off `dataset`.
-        indices: of the samples to give.
-        batch_size: of the batches; the last one may be smaller.
+        dataset: a model that compares all pictures reads its `text` or `image` off `dataset`.
+        batches: the indices of each batch.
         num_workers: loader processes.
+        collate: makes a batch of samples; None: the data set's `collater`.
+        pins: whether batches lie where a GPU fetches them from faster.
     """
 
-    def __init__(self, dataset: Any, indices: Sequence[int], batch_size: int, num_workers: int = 0) -> None:
-        self.dataset, self.indices, self.batch_size = dataset, list(indices), batch_size
-        batches = [self.indices[start : start + batch_size] for start in range(0, len(self.indices), batch_size)]
-        told = _Told(dataset)
+    def __init__(
+        self,
+        dataset: Any,
+        batches: Sequence[Sequence[int]],
+        num_workers: int = 0,
+        collate: Callable[[list[Any]], Any] | None = None,
+        *,
+        pins: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        told = _Told(dataset, collate or dataset.collater)
         self._loader: DataLoader[Any] = DataLoader(
-            told, batch_sampler=batches, num_workers=num_workers, collate_fn=told.collate
+            told, batch_sampler=cast(Any, batches), num_workers=num_workers, collate_fn=told.collate, pin_memory=pins
         )
 
     def __len__(self) -> int:
@@ -42,8 +50,8 @@ class HeldOutLoader:
 class _Told(Dataset):
     """Samples, or what is wrong with them as a value."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, make: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.make = dataset, make
 
     def __getitem__(self, index: int) -> Any:
         try:
@@ -56,6 +64,6 @@ class _Told(Dataset):
         if failed is not None:
             return failed
         try:
-            return self.dataset.collater(samples)
+            return self.make(samples)
         except LavishError as error:
             return Failure(error)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +26,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lavish.common import config as configs
 from lavish.common import dist
-from lavish.common.errors import ConfigError, TrainingError
+from lavish.common.errors import ConfigError
 from lavish.common.registry import registry
 from lavish.datasets.datasets.base_dataset import ConcatDataset
 from lavish.runners import generations, pth, streams, task_loop
@@ -39,7 +38,6 @@ from lavish.runners.engines import build_engine, checkpoint_activations
 from lavish.runners.held_out import HeldOutLoader
 from lavish.runners.optim import build_optimizer, build_schedule
 from lavish.runners.order import (
-    NUM_TARGETS,
     Failure,
     GroupedEpochs,
     Order,
@@ -50,15 +48,13 @@ from lavish.runners.order import (
 )
 from lavish.runners.run_folder import RunFolder, read_checkpoint
 from lavish.runners.schema import RunConfig, lavis_run_config
+from lavish.runners.step import Batch, Place, StepMaker
 from lavish.runners.streams import StreamState
-from lavish.tasks.base_task import BaseTask, TrainingData, read_losses, to_device
+from lavish.tasks.base_task import BaseTask, TrainingData
 
 Progress = Callable[[int, int, dict[str, float]], None]
-Batch = tuple[Sequence[int | str], dict[str, Any]]
-"""What names the samples (indices, or places in a stream), and the batch."""
 
-BAD_BATCH_FILE, RESULT_DIR = "bad_batch.json", "result"
-ID_KEYS = ("instance_id", "image_id", "question_id", "sample_id", "id")
+RESULT_DIR = "result"
 
 
 def micro_batches(span: range, batch_size: int) -> list[range]:
@@ -118,7 +114,7 @@ class RunnerBase:
         if run.activation_checkpointing:
             checkpoint_activations(model)
         self.called, self.optimizer = self.engine.start(model, lambda module: build_optimizer(module, run))
-        self.scaler = self.engine.scaler(is_half=self._computes_in_float16())
+        self.maker = StepMaker(run, task, model, self.called, self.engine, self.optimizer)
         self.average = WeightAverage(self.model, run.ema_decay) if run.ema_decay else None
         self.board: Board | None = None
         self.step, self.lr = 0, 0.0
@@ -304,7 +300,7 @@ class RunnerBase:
             told = self._epoch_by_task(rates)
             self.lr = rates.lr
             losses = {str(name): float(value) for name, value in told.items() if name != "lr"}
-            self._check_finite(losses, [])
+            self.maker.check_finite(losses, [], self._place())
             if self.progress and dist.is_main():
                 self.progress(self.step, self.num_steps, losses)
             if dist.is_main():
@@ -326,7 +322,7 @@ class RunnerBase:
             "data_loader": task_loop.EpochBatches(self.dataset, self._batches(steps), count),
             "optimizer": one,
             "lr_scheduler": rates,
-            "scaler": self.scaler if self.run.amp else None,
+            "scaler": self.maker.scaler if self.run.amp else None,
             "cuda_enabled": self.device.type == "cuda",
             "log_freq": self.run.log_freq,
             "accum_grad_iters": self.run.accum_grad_iters,
@@ -340,26 +336,20 @@ class RunnerBase:
         self.step = steps.stop
         return told
 
-    def _train_step(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
+    def _train_step(self, module: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
         """Make one optimizer step; give the losses as means over its samples."""
-        sums: dict[str, float] = {}
         if dist.world_size() > 1:  # noise of its own for each process, the same after a resume
             torch.manual_seed((self.run.seed * 1_000_003 + self.step) * dist.world_size() + dist.rank())
         passes = self.passes(self.step)
         seen = [next(batches) for _ in passes]
-        shares = self._shares([share for _, share in passes], [samples for _, samples in seen])
-        with _memory_advice(self.run):
-            for number, ((_, samples), share) in enumerate(zip(seen, shares, strict=True)):
-                with self.engine.accumulate(self.called, is_last=number == len(passes) - 1):
-                    losses = self._forward(model, self._with_moment(samples, number))
-                    self.engine.backward(self.scaler.scale(losses["loss"] * (share * self.engine.loss_scale)))
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
-        self._add_up(sums)
-        self._update(sums, seen)
+        seen = [(indices, self._with_moment(samples, number)) for number, (indices, samples) in enumerate(seen)]
+        losses = self.maker.make(module, seen, [share for _, share in passes], self._place())
         if self.average is not None:
             self.average.update()
-        return sums
+        return losses
+
+    def _place(self) -> Place:
+        return Place(self.folder.path, self.step + 1, self.num_steps)
 
     def _with_moment(self, samples: Any, number: int) -> Any:
         """Give a batch of a LAVIS recipe with what LAVIS's models read of the moment: momentum models rise by it."""
@@ -369,67 +359,6 @@ class RunnerBase:
         passes = self.run.accum_grad_iters
         count = self.steps_per_epoch * passes
         return {**samples, "epoch": epoch, "num_iters_per_epoch": count, "iters": place * passes + number}
-
-    def _shares(self, by_samples: list[float], batches: list[dict[str, Any]]) -> list[float]:
-        """Give the share of each pass in the loss of the step: by tokens where its loss is a mean over tokens.
-
-        So the loss is that of one pass over all samples of the step, however long their answers are.
-        """
-        if any(NUM_TARGETS not in samples for samples in batches):
-            return by_samples
-        counts = [samples[NUM_TARGETS] if share else 0 for samples, share in zip(batches, by_samples, strict=True)]
-        total = dist.total(float(sum(counts)))
-        return [count / max(total, 1.0) for count in counts]
-
-    def _update(self, losses: dict[str, float], seen: list[Batch]) -> None:
-        """Clip the gradients and take the optimizer's step; with a loss scale, skip one whose gradients overflowed."""
-        is_scaled = self.scaler.is_enabled()
-        if is_scaled:
-            for optimizer in self.optimizer.optimizers:
-                self.scaler.unscale_(optimizer)
-        if self.run.max_grad_norm > 0:
-            norm = self.engine.clip(self.model, self.run.max_grad_norm)
-            if norm is not None and (math.isfinite(norm) or not is_scaled):
-                losses["grad_norm"] = norm
-        self._check_finite(losses, seen)
-        if is_scaled:
-            for optimizer in self.optimizer.optimizers:
-                self.scaler.step(optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _computes_in_float16(self) -> bool:
-        stored = getattr(self.model, "stored_dtype", None)  # chat models compute in the dtype of what is frozen
-        return stored is torch.float16 or (self.run.amp and self.run.amp_dtype == "float16")
-
-    def _forward(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
-        dtype = getattr(torch, self.run.amp_dtype)
-        with torch.autocast(self.device.type, dtype) if self.run.amp else nullcontext():
-            return read_losses(self.task.train_step(model, to_device(samples, self.device)))
-
-    def _check_finite(self, losses: dict[str, float], seen: list[Batch]) -> None:
-        """Stop a run whose loss or gradients are no numbers any more, before weights or checkpoints take them over."""
-        for name in ("loss", "grad_norm"):
-            value = losses.get(name, 0.0)
-            if not math.isfinite(value):
-                gathered = [batch for part in dist.gather([_ids(*batch) for batch in seen]) for batch in part]
-                path = self.folder.path / BAD_BATCH_FILE
-                if dist.is_main():
-                    configs.write_json({"step": self.step + 1, name: str(value), "passes": gathered}, path)
-                raise TrainingError(
-                    f"{self.folder.path}: {name} is {value} at step {self.step + 1} of {self.num_steps}: the run "
-                    "diverged. The last checkpoint before it is kept. Lower the learning rate, set run.max_grad_norm, "
-                    f"or set run.amp=false, and start with another run.output_dir. Its samples: {path}."
-                )
-
-    def _add_up(self, sums: dict[str, float]) -> None:
-        """Add up the losses over the processes of the run."""
-        if dist.world_size() > 1:
-            losses = torch.tensor(list(sums.values()), device=self.device)
-            dist.add_up([losses])
-            sums.update(zip(sums, losses.tolist(), strict=True))
 
     def _batches(self, steps: range | None = None) -> Iterator[Batch]:
         prepare = getattr(self.model, "collator", None)  # chat models have it
@@ -540,7 +469,7 @@ class RunnerBase:
         # Processes that share weights compute in step, so each of them scores every sample; results are merged by id.
         is_shared_out = self.run.use_dist_eval_sampler and not self.engine.shares_weights
         own = indices[dist.rank() :: dist.world_size()] if is_shared_out else indices
-        loader = HeldOutLoader(dataset, own, self.run.batch_size_eval, self.run.num_workers)
+        loader = HeldOutLoader(dataset, micro_batches(own, self.run.batch_size_eval), self.run.num_workers)
         was_training = self.model.training
         self.model.eval()
         with own_randomness(self.run.seed, self.device), torch.no_grad():
@@ -678,8 +607,8 @@ class RunnerBase:
         if self.stream is not None:
             self.stream.load(state.get("stream"), self.folder.path)
         self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
-        if self.scaler.is_enabled() and "scaler" in state:  # a run that was begun in another dtype has none
-            self.scaler.load_state_dict(state["scaler"])
+        if self.maker.scaler.is_enabled() and "scaler" in state:  # a run that was begun in another dtype has none
+            self.maker.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load(state.get("average"), self.engine)
         return state["log_sums"]
@@ -705,8 +634,8 @@ class RunnerBase:
         }
         if self.device.type == "cuda":
             state["cuda_rng_state"] = torch.cuda.get_rng_state()
-        if self.scaler.is_enabled():
-            state["scaler"] = self.scaler.state_dict()
+        if self.maker.scaler.is_enabled():
+            state["scaler"] = self.maker.scaler.state_dict()
         return state
 
     def _stream_state(self) -> dict[str, Any]:
@@ -756,41 +685,3 @@ def _check_processes(run: RunConfig) -> None:
         raise ConfigError(f"run.distributed is false, and torchrun started {dist.world_size()} processes.")
     if run.distributed and dist.world_size() > 1 and run.world_size not in (None, 1, dist.world_size()):
         raise ConfigError(f"run.world_size is {run.world_size}, and torchrun started {dist.world_size()} processes.")
-
-
-def _ids(indices: Sequence[int | str], samples: dict[str, Any]) -> dict[str, Any]:
-    """Give what names the samples of a batch: their indices, and the ids that they carry."""
-    found: dict[str, Any] = {"index": list(indices)}
-    for key in ID_KEYS:
-        if key in samples:
-            value = samples[key]
-            found[key] = value.tolist() if isinstance(value, torch.Tensor) else [str(one) for one in value]
-    return found
-
-
-@contextmanager
-def _memory_advice(run: RunConfig) -> Iterator[None]:
-    """Say which key takes less memory where there is too little.
-
-    Raises:
-        TrainingError: in place of torch's error.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; on CPU it is a plain one
-        is_memory = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
-        if not is_memory:
-            raise
-        knobs = [
-            f"run.batch_size_train={max(run.batch_size_train // 2, 1)} with "
-            f"run.accum_grad_iters={run.accum_grad_iters * 2} (the same step)"
-            if run.batch_size_train > 1
-            else "",
-            "" if run.activation_checkpointing else "run.activation_checkpointing=true",
-            "" if run.amp else "run.amp=true",
-            "" if run.engine == "fsdp2" else "run.engine=fsdp2 with several processes",
-        ]
-        raise TrainingError(
-            f"Out of memory with run.batch_size_train={run.batch_size_train}: {str(error).splitlines()[0]} Turn, in "
-            f"this order: {'; '.join(knob for knob in knobs if knob)}."
-        ) from error
