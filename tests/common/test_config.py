@@ -1,5 +1,6 @@
 """Layers, overrides, the typed check and what its errors say, saving, and the LAVIS-shaped Config."""
 
+import json
 import os
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -268,9 +269,16 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> N
     with pytest.raises(TypeError):
         configs.write_json({"a": object()}, path)
     with pytest.raises(UnicodeEncodeError):
-        configs.write_json({"a": "\ud800"}, path)
+        configs.write_text("\ud800", path)
     assert path.read_text() == before
     assert [file.name for file in tmp_path.iterdir()] == ["done.json"]
+
+
+def test_half_a_character_is_kept(tmp_path: Path) -> None:
+    configs.write_json({"a": "\ud800 é"}, tmp_path / "done.json")
+    text = (tmp_path / "done.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"a": "\ud800 é"}
+    assert "é" in text
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
