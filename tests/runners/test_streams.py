@@ -23,7 +23,7 @@ from lavish.runners.recipe import open_recipe, train
 from lavish.runners.runner_base import RunnerBase
 from lavish.runners.runner_iter import RunnerIter
 from lavish.runners.schema import lavis_run_config
-from lavish.runners.streams import RowStream, StreamBatches, StreamState, drawn
+from lavish.runners.streams import RowStream, StreamBatches, StreamState
 
 COUNT = 11
 
@@ -90,13 +90,6 @@ def test_all_readers_together_give_each_row_once_a_pass(monkeypatch: pytest.Monk
     firsts = [row for share in shares for row in share]
     assert len(shares) == 4
     assert len(firsts) == len(set(firsts)) == COUNT
-
-
-def test_rows_are_drawn_from_a_buffer_that_is_kept_full() -> None:
-    assert list(drawn(range(6), 0, random.Random(0))) == list(range(6))
-    found = list(drawn(range(100), 10, random.Random(0)))
-    assert sorted(found) == list(range(100)) != found
-    assert all(row <= place + 10 for place, row in enumerate(found))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lavish.common import dist
 from lavish.common.errors import ConfigError, DataError, LavishError
+from lavish.datasets.datasets.shuffle_buffer import drawn
 from lavish.runners.order import Failure, own_randomness
 from lavish.runners.schema import RunConfig
 
@@ -211,19 +212,6 @@ def batches_of(
 
 def _as_it_is(value: Any) -> Any:
     return value
-
-
-def drawn(rows: Iterable[Any], size: int, draw: random.Random) -> Iterator[Any]:
-    """Draw rows from a buffer of `size` that is kept full; 0 gives them as they come."""
-    buffer: list[Any] = []
-    for row in rows:
-        buffer.append(row)
-        if len(buffer) > size:
-            at = draw.randrange(len(buffer))
-            buffer[at], buffer[-1] = buffer[-1], buffer[at]
-            yield buffer.pop()
-    draw.shuffle(buffer)
-    yield from buffer
 
 
 def seed_of(text: str) -> int:

@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset
 from lavish.common.errors import DataError
 from lavish.common.media import open_image
 from lavish.datasets.datasets.base_dataset import BROKEN, MAX_WARNINGS, BaseDataset, this_reader
+from lavish.datasets.datasets.shuffle_buffer import drawn
 from lavish.datasets.datasets.tar_shards import PICTURES, expand, read_shard
 from lavish.processors.base_processor import BaseProcessor
 
@@ -70,7 +71,7 @@ class LaionDataset(IterableDataset):
             before = given
             # With fewer shards than readers all read all, each in an order of its own.
             own = order[reader::readers] if len(order) >= readers else draw.sample(order, len(order))
-            for sample in _shuffled(self._samples(own), self.shuffled, random.Random(f"{self.seed}-{epoch}-{reader}")):
+            for sample in drawn(self._samples(own), self.shuffled, random.Random(f"{self.seed}-{epoch}-{reader}")):
                 given += 1
                 yield sample
             if not self.is_endless:
@@ -142,16 +143,3 @@ def _caption(record: dict[str, bytes]) -> str:
     if not isinstance(caption, str):
         raise DataError("has no caption, in .json or .txt.")
     return caption
-
-
-def _shuffled(samples: Iterator[Any], size: int, draw: random.Random) -> Iterator[Any]:
-    """Draw from a buffer that is kept full."""
-    buffer: list[Any] = []
-    for sample in samples:
-        buffer.append(sample)
-        if len(buffer) > size:
-            at = draw.randrange(len(buffer))
-            buffer[at], buffer[-1] = buffer[-1], buffer[at]
-            yield buffer.pop()
-    draw.shuffle(buffer)
-    yield from buffer
