@@ -141,7 +141,7 @@ def train(kind: str, options: argparse.Namespace) -> float:
         runner.train()
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         with counter:
-            runner._forward(runner.called, {"inputs": sample.inputs})["loss"].backward()
+            runner.maker.forward(runner.called, {"inputs": sample.inputs})["loss"].backward()
     flops = counter.get_total_flops()
     product, product_flops = measure.multiply(torch.bfloat16, device, 8192 if device.type == "cuda" else 64)
     speed = product_flops / min(measure.alternate({"bound": product}, 3)["bound"])
