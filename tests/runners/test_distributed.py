@@ -12,6 +12,8 @@ from warm import run_together
 
 from lavish.common import dist
 from lavish.common.errors import ConfigError
+from lavish.runners.device import device_of
+from lavish.runners.schema import RunConfig
 
 PROGRAM = str(Path(__file__).with_name("toy_task.py"))
 
@@ -60,6 +62,28 @@ def test_a_shared_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     run_on_two(tmp_path / "paused", 6, **changes)
     straight, paused = newest_weights(tmp_path / "straight"), newest_weights(tmp_path / "paused")
     assert all(torch.equal(straight[name], paused[name]) for name in straight)
+
+
+def test_processes_make_equally_many_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the three passes of the last step one process has two; the other takes one along, which counts for nothing."""
+    toy = runner(config(tmp_path, batch_size_train=2, accum_grad_iters=4), epochs=True, num_samples=14)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        shares.append([share for _, share in toy.passes(1)])
+    assert shares == [[1 / 3, 1 / 3], [1 / 3, 0.0]]
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr("lavish.runners.device.resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of(RunConfig(device="cuda")) == torch.device("cuda:3")
+    assert device_of(RunConfig(device="cuda:1")) == torch.device("cuda:1")
+    assert device_of(RunConfig(device="cpu")) == torch.device("cpu")
+    assert current == [torch.device("cuda:3"), torch.device("cuda:1")]
 
 
 def test_passes_must_divide_among_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

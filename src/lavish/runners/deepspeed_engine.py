@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lavish.common import dist
-from lavish.common.errors import ConfigError, MissingDependency, TrainingError
+from lavish.common.errors import ConfigError, MissingDependency, TrainingError, shown
 from lavish.runners.engines import MODEL_FILE, BuildOptimizer, Engine, Mismatch, check_names, trained
 from lavish.runners.optim import OptimizerGroup
 from lavish.runners.schema import RunConfig
@@ -302,14 +302,19 @@ def read_settings(run: RunConfig) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {"zero_optimization": {"stage": 2}}
     if isinstance(run.deepspeed_config, dict):  # what it says of the recipe's keys was read with them
-        taken = (*DECIDED_HERE, "optimizer", "scheduler", "fp16", "bf16")
+        taken = (*DECIDED_HERE, "optimizer", "scheduler", "bf16")
         settings |= {name: value for name, value in run.deepspeed_config.items() if name not in taken}
     elif run.deepspeed_config is not None:
         path = Path(run.deepspeed_config)
         try:
-            settings |= json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"run.deepspeed_config {path}: cannot be read as JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"run.deepspeed_config {path}: holds {shown(found)}; an object is expected.")
+        settings |= found
+        if _is_on(settings.pop("bf16", None)):
+            raise ConfigError(f"{path}: bf16 is a key of the recipe: take it out, and set run.amp=true.")
         for name in (*DECIDED_HERE, "optimizer", "scheduler"):
             if settings.get(name, "auto") != "auto":
                 raise ConfigError(
@@ -317,6 +322,11 @@ def read_settings(run: RunConfig) -> dict[str, Any]:
                     'init_lr and others of `run:`); take it out, or set it to "auto".'
                 )
             settings.pop(name, None)
+    if _is_on(settings.pop("fp16", None)):
+        raise ConfigError(
+            "run.deepspeed_config: fp16 is on, and a run with deepspeed computes in bfloat16 (run.amp=true) or "
+            "float32; take it out."
+        )
     return settings | {
         "train_micro_batch_size_per_gpu": run.batch_size_train,
         "gradient_accumulation_steps": 1,  # the runner says where a step ends
@@ -324,3 +334,8 @@ def read_settings(run: RunConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _is_on(section: Any) -> bool:
+    """Say whether DeepSpeed's `fp16` or `bf16` is asked for; "auto" leaves it to the recipe."""
+    return isinstance(section, dict) and section.get("enabled") is True

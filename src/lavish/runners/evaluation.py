@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -128,9 +127,6 @@ def start_processes(run: RunConfig) -> torch.device:
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
     device = device_of(run)
-    if device.type == "cuda" and device.index is None and dist.world_size() > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
     dist.start(device.type)
     return device
 

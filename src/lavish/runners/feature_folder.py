@@ -107,14 +107,16 @@ class FeatureFolder:
     def _place(self, device: torch.device) -> str:
         """Name the folder of these weights in the precision of this moment."""
         is_auto = torch.is_autocast_enabled(device.type)
+        fields = self._network.config.to_dict()
         how = {
             "weights": self._weights,
             "steps": self.steps,
             "device": device.type,
             "autocast": str(torch.get_autocast_dtype(device.type)) if is_auto else None,
             "attention": str(self._network.config._attn_implementation),
+            "config": {name: value for name, value in fields.items() if name != "_name_or_path"},
         }
-        return hashlib.blake2b(json.dumps(how).encode(), digest_size=12).hexdigest()
+        return hashlib.blake2b(json.dumps(how, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
 
     def _check_whole(self) -> None:
         weight = next(_parameters(self._frozen[0]))
@@ -162,6 +164,8 @@ class FeatureFolder:
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, PermissionError) and path.is_file():  # Windows: another process has it open
+                return
             if error.errno not in FULL:
                 raise ConfigError(f"model.feature_cache: {self.folder} cannot be written to: {error}.") from error
             self._is_full = True

@@ -198,12 +198,14 @@ class RunnerBase:
     def passes(self, step: int) -> list[tuple[range, float]]:
         """Give the positions of each forward pass of this process in step `step`, and their share of its samples.
 
-        A process for which a short last step has no pass left takes the first one along, with no share in the result.
+        A process for which a short last step has fewer passes takes the first one along, with no share in the result:
+        where weights are shared out, processes compute in step.
         """
         span = self.span(step)
         parts = micro_batches(span, self.run.batch_size_train)
         own = [(part, len(part) / len(span)) for part in parts[dist.rank() :: dist.world_size()]]
-        return own or [(parts[0], 0.0)]
+        most = math.ceil(len(parts) / dist.world_size())
+        return own + [(parts[0], 0.0)] * (most - len(own))
 
     def order(self) -> Order:
         """Say which sample stands at which position."""
@@ -299,7 +301,8 @@ class RunnerBase:
         while self.step < self.num_steps:
             told = self._epoch_by_task(rates)
             self.lr = rates.lr
-            losses = {str(name): float(value) for name, value in told.items() if name != "lr"}
+            share = 1 / dist.world_size()
+            losses = {str(name): dist.total(float(value)) * share for name, value in told.items() if name != "lr"}
             self.maker.check_finite(losses, [], self._place())
             if self.progress and dist.is_main():
                 self.progress(self.step, self.num_steps, losses)
@@ -322,7 +325,7 @@ class RunnerBase:
             "data_loader": task_loop.EpochBatches(self.dataset, self._batches(steps), count),
             "optimizer": one,
             "lr_scheduler": rates,
-            "scaler": self.maker.scaler if self.run.amp else None,
+            "scaler": self.maker.scaler if self.run.amp or self.maker.scaler.is_enabled() else None,
             "cuda_enabled": self.device.type == "cuda",
             "log_freq": self.run.log_freq,
             "accum_grad_iters": self.run.accum_grad_iters,
@@ -621,7 +624,7 @@ class RunnerBase:
     def _restore_random_states(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["torch_rng_state"].cpu())
         if self.device.type == "cuda" and "cuda_rng_state" in state:
-            torch.cuda.set_rng_state(state["cuda_rng_state"].cpu())
+            torch.cuda.set_rng_state(state["cuda_rng_state"].cpu(), self.device)
 
     def _state(self, sums: dict[str, float]) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -633,7 +636,7 @@ class RunnerBase:
             "torch_rng_state": torch.get_rng_state(),
         }
         if self.device.type == "cuda":
-            state["cuda_rng_state"] = torch.cuda.get_rng_state()
+            state["cuda_rng_state"] = torch.cuda.get_rng_state(self.device)
         if self.maker.scaler.is_enabled():
             state["scaler"] = self.maker.scaler.state_dict()
         return state

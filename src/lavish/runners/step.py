@@ -87,8 +87,8 @@ class StepMaker:
                     self.engine.backward(self.scaler.scale(losses["loss"] * (share * self.engine.loss_scale)))
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
-        self._add_up(sums)
-        self._update(sums, seen, place)
+            self._add_up(sums)
+            self._update(sums, seen, place)
         return sums
 
     def _shares(self, by_samples: Sequence[float], batches: Sequence[dict[str, Any]]) -> list[float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lavish.common import dist
 from lavish.common.errors import ConfigError
 from lavish.runners.schema import RunConfig
 from lavish.tasks.base_task import BaseTask
@@ -31,6 +32,11 @@ def check(task: BaseTask, loop: str, run: RunConfig) -> None:
     Raises:
         ConfigError: says which key.
     """
+    if dist.world_size() > 1 and not run.batch_per_process:
+        raise ConfigError(
+            f"{type(task).__name__} overrides {loop}, and a loop of its own makes all passes of a step in each "
+            "process. Set run.batch_per_process=true, or override train_step alone."
+        )
     asked = {"max_grad_norm": run.max_grad_norm, "ema_decay": run.ema_decay, "compile": run.compile}
     for name, value in asked.items():
         if value:

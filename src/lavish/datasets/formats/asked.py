@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavish.common.errors import DataError, shown
+from lavish.common.errors import DataError, MediaError, PromptError, shown
 from lavish.common.media import open_image
 from lavish.datasets.datasets.annotations import Fault
 from lavish.datasets.datasets.base_dataset import BaseDataset
@@ -141,7 +141,7 @@ class CaptionedDataset(AskedDataset):
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
         """Give a picture with its captions; none where the split hides them."""
         given = next((row[name] for name in ("caption", "captions", "text") if row.get(name) is not None), [])
-        texts = [given] if isinstance(given, str) else list(given)
+        texts = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else [None]
         if not all(isinstance(one, str) for one in texts):
             raise DataError(f"caption is {shown(given)}; a text or a list of texts is expected.")
         return {**row, "caption": texts}
@@ -161,7 +161,7 @@ def _placed(where: str, make: Callable[..., dict[str, Any]], *given: Any) -> dic
     """Call `make`; what is wrong is told with its place."""
     try:
         return make(*given)
-    except DataError as error:
+    except (DataError, MediaError, PromptError) as error:
         raise DataError(f"{where}: {error}") from error
 
 
