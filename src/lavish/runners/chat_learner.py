@@ -32,6 +32,7 @@ from lavish.inference.random_start import random_model, with_random_projector
 from lavish.inference.vlm import VLM
 from lavish.models import family_of
 from lavish.models.base_model import BaseModel, read_fields
+from lavish.nn.joined_rows import IGNORED
 from lavish.nn.losses import NO_LOGITS
 from lavish.runners.feature_folder import FeatureFolder, digest
 from lavish.runners.order import NUM_TARGETS
@@ -55,7 +56,7 @@ PARTS: dict[str, str] = {
 """Part -> pattern of the names of its weights."""
 
 
-INPUTS, DIGESTS, IGNORED = "inputs", "image_digests", -100
+INPUTS, DIGESTS = "inputs", "image_digests"
 PICTURE_LENGTH = 4000
 """Characters that a picture counts as."""
 

@@ -20,6 +20,7 @@ from lavish.common import grounding
 from lavish.common.errors import ConfigError, DataError, did_you_mean
 from lavish.datasets.formats.choices import PROMPT, listed, put
 from lavish.inference.vlm import VLM
+from lavish.nn.joined_rows import IGNORED
 from lavish.tasks.captioning import texts
 from lavish.tasks.metrics.text_match import read_choice
 
@@ -135,7 +136,7 @@ class ChatModel(nn.Module):
             name: value.to(self.vlm.device) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
         }
-        learnt = int((batch["labels"][:, 1:] != -100).sum())  # a row's first token is never predicted
+        learnt = int((batch["labels"][:, 1:] != IGNORED).sum())  # a row's first token is never predicted
         return {"loss": self.network(**inputs).loss.float(), "num_tokens": learnt}
 
     @torch.no_grad()
